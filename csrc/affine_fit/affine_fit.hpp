@@ -1,0 +1,42 @@
+// The affine fit on raw pointers: for each filter f the key q and the scalars a, b that minimise ||f - (a q + b)||.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/cpu.hpp"
+#include "../common/scalar.hpp"
+
+namespace mkf {
+
+struct AffineFit {
+    const void* filters;
+    DType dtype;
+    std::int64_t count;                        // filters
+    std::int64_t stride, row_stride, col_stride;  // elements between filters, between rows and between columns of one
+    int k;                                     // filters are k x k
+    const float* keys;                         // (keys_count, k * k): centred, of norm 1
+    const float* inverse_norms;                // (keys_count,): 1 / norm of the centred key as the caller stores it
+    const float* key_means;                    // (keys_count,): mean of the key as the caller stores it
+    int keys_count;
+    int best;                                  // how many keys to report for each filter
+    bool positive;                             // only scales >= 0
+    std::int32_t* index;                       // outputs, each (count, best)
+    float* scale;
+    float* shift;
+    float* residual;
+};
+
+// One processor: `isa` is a level that cpu_runs() accepts.
+void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads);
+
+// The keys once more, tap by tap, so that one tap of neighbouring keys is one load: (k * k, padded), zeros at the end.
+struct KeysByTap {
+    const float* values;
+    int padded;
+};
+
+namespace portable { void affine_fit(const AffineFit& problem, KeysByTap keys, int threads); }
+namespace avx2 { void affine_fit(const AffineFit& problem, KeysByTap keys, int threads); }
+namespace avx512 { void affine_fit(const AffineFit& problem, KeysByTap keys, int threads); }
+
+}  // namespace mkf

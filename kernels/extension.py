@@ -1,0 +1,45 @@
+"""The compiled extension `mkf._native`, if this installation has it."""
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch  # noqa: F401  (torch first: it brings the OpenMP runtime that the extension then shares)
+
+ISAS = ("avx512", "avx2", "portable")  # the best first
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/common/scalar.hpp counts
+
+
+@cache
+def missing() -> str | None:
+    """Why there is no extension, or None if there is."""
+    if importlib.util.find_spec("mkf._native") is None:
+        return "the C++ extension is missing: this copy was installed without a working C++ compiler"
+    try:
+        native()
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+def native() -> Any:
+    """The module `mkf._native`."""
+    return importlib.import_module("mkf._native")
+
+
+def isa() -> str:
+    """The instruction set the C++ kernels use: the best this processor has, or the one that `MKF_ISA` names.
+
+    Raises:
+        ValueError: `MKF_ISA` names no instruction set, or one that this processor or this build lacks.
+    """
+    extension = native()
+    here = [name for name in ISAS if extension.cpu_runs(getattr(extension.Isa, name))]
+    wanted = os.environ.get("MKF_ISA")
+    if not wanted:
+        return here[0]
+    if wanted not in here:
+        raise ValueError(f"MKF_ISA={wanted!r}: here {', '.join(here)} can run")
+    return wanted

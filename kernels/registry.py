@@ -1,0 +1,90 @@
+"""Which implementations of an operator exist, which can run here, and the reason why not.
+
+To add one, write its file and add its line to `IMPLEMENTATIONS`. Its module has two functions: one named like the
+operator, and `why_not(device) -> str | None`, the reason it cannot run on that device, None if it can. Neither may
+import anything heavy before it is called.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+
+class BackendError(RuntimeError):
+    """An implementation was asked for by name and cannot run; the message says why and what would."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one operator.
+
+    Args:
+        operator: Name of the operator, which is also its folder and the name of the function.
+        name: What a user calls it, `backend=name`.
+        devices: Types of `torch.device` it is written for; empty for any.
+        description: What it is, for `mkf env`.
+    """
+
+    operator: str
+    name: str
+    devices: tuple[str, ...]
+    description: str
+
+    def load(self) -> ModuleType:
+        """The module that holds it."""
+        return import_module(f"mkf.kernels.{self.operator}.{self.name}")
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, or None if it can."""
+        if self.devices and device.type not in self.devices:
+            return f"written for {' and '.join(self.devices)}, not for {device.type}"
+        reason: str | None = self.load().why_not(device)
+        return reason
+
+
+IMPLEMENTATIONS = (  # for each operator in the order of preference
+    Implementation("affine_fit", "native", ("cpu",), "C++: AVX-512, AVX2 or portable, chosen at run time"),
+    Implementation("affine_fit", "numba", ("cpu",), "numba, for a CPU without the compiled extension"),
+    Implementation("affine_fit", "reference", (), "PyTorch, the readable definition, on any device"),
+)
+
+
+def implementations(operator: str) -> tuple[Implementation, ...]:
+    """All implementations of `operator`, the preferred one first."""
+    return tuple(i for i in IMPLEMENTATIONS if i.operator == operator)
+
+
+def operators() -> tuple[str, ...]:
+    """The names of all operators."""
+    return tuple(dict.fromkeys(i.operator for i in IMPLEMENTATIONS))
+
+
+def choose(operator: str, device: torch.device, backend: str | None = None) -> Implementation:
+    """The implementation to run: the one asked for, else the first that can.
+
+    Args:
+        operator: Name of the operator.
+        device: Where the tensors are.
+        backend: Name of an implementation. Without one, the environment variable `MKF_BACKEND` counts.
+
+    Raises:
+        ValueError: There is no implementation of that name.
+        BackendError: The one asked for cannot run on `device`.
+    """
+    known = implementations(operator)
+    wanted = backend or os.environ.get("MKF_BACKEND")
+    if not wanted:
+        return next(i for i in known if i.why_not(device) is None)
+    source = "backend=" if backend else "MKF_BACKEND="
+    names = ", ".join(i.name for i in known)
+    chosen = next((i for i in known if i.name == wanted), None)
+    if chosen is None:
+        raise ValueError(f"{source}{wanted!r}: {operator} has no such implementation; there are {names}")
+    reason = chosen.why_not(device)
+    if reason is not None:
+        runs = ", ".join(i.name for i in known if i.why_not(device) is None)
+        raise BackendError(f"{source}{wanted!r} cannot run {operator} on {device}: {reason}. Here {runs} can.")
+    return chosen

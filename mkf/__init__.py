@@ -1,0 +1,14 @@
+"""Master key filters: fit, search and run depthwise convolutions that share eight keys.
+
+>>> keys = mkf.keys.paper8()
+>>> bank = mkf.FilterBank.from_model(model)
+>>> fit = mkf.affine_fit(bank, keys)  # .index .scale .shift .residual
+"""
+
+from mkf import bank, keys, ops
+from mkf.bank import FilterBank
+from mkf.keys import KeySet
+from mkf.ops import AffineFit, affine_fit
+
+__version__ = "0.1.0"
+__all__ = ["AffineFit", "FilterBank", "KeySet", "affine_fit", "bank", "keys", "ops"]

@@ -1,0 +1,19 @@
+"""The command line: `mkf COMMAND`, one file per command.
+
+Every command imports what it needs when it runs, so `mkf --help` stays quick.
+"""
+
+import typer
+
+from mkf.cli import analyze, bank, env, train
+
+app = typer.Typer(
+    name="mkf",
+    help="Master key filters: fit, search and run depthwise convolutions that share eight keys.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command("env")(env.command)
+app.add_typer(bank.app, name="bank")
+app.command("analyze")(analyze.command)
+app.command("train")(train.command)

@@ -1,0 +1,40 @@
+"""`mkf env`: what this installation can run, where, and why the rest cannot."""
+
+
+def command() -> None:
+    """Print versions, devices and every implementation of every operator: chosen, available, or why it cannot run."""
+    import platform
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import mkf
+    from mkf.cli._errors import user_errors
+    from mkf.kernels import extension, registry
+
+    console = Console()
+    missing = extension.missing()
+    with user_errors():
+        native = f"instruction set {extension.isa()}" if missing is None else missing
+    console.print(f"mkf {mkf.__version__}, Python {platform.python_version()}, torch {torch.__version__}", highlight=False)
+    console.print(f"CPU: {torch.get_num_threads()} threads; extension: {native}", highlight=False)
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        for device in devices[1:]:
+            console.print(f"{device}: {torch.cuda.get_device_name(device)}", highlight=False)
+    else:
+        console.print("GPU: torch sees none", highlight=False)
+    for operator in registry.operators():
+        table = Table("implementation", "what it is", *map(str, devices), title=operator, title_justify="left")
+        with user_errors():
+            chosen = {device: registry.choose(operator, device) for device in devices}
+        for implementation in registry.implementations(operator):
+            cells = []
+            for device in devices:
+                reason = implementation.why_not(device)
+                word = "chosen" if implementation is chosen[device] else "available"
+                cells.append(f"[green]{word}[/]" if reason is None else f"[dim]{reason}[/]")
+            table.add_row(implementation.name, implementation.description, *cells)
+        console.print(table)
