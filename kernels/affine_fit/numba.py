@@ -23,7 +23,7 @@ def affine_fit(
     """See `mkf.kernels.affine_fit`. The first call compiles, which takes a few seconds."""
     if filters.dtype in (torch.bfloat16, torch.float16):  # numba has neither
         filters = filters.float()
-    rows = filters.reshape(len(filters), -1).numpy()
+    rows = filters.flatten(1).contiguous().numpy()
     arrays = (x.numpy() for x in (keys.unit, keys.inverse_norm, keys.mean, index, scale, shift, residual))
     _compiled(torch.get_num_threads())(rows, positive, *arrays)
 
@@ -78,7 +78,7 @@ def _compiled(threads: int) -> Callable[..., None]:
                 shift[i, b] = mean - a * reach * inverse_norm[j] * key_mean[j]
                 residual[i, b] = min(1.0, np.sqrt(error / squares))
 
-    compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract"}, nogil=True)(fit)
+    compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract"}, nogil=True, cache=True)(fit)
 
     def run(*args: Any) -> None:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))

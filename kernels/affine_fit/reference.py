@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
 
-ROWS = 1 << 16  # filters at a time, so that the (filters, keys) products stay small whatever N is
+ROWS = 1 << 14  # filters at a time, so that the (keys, filters) products stay small whatever N is
 
 
 def why_not(device: torch.device) -> str | None:
@@ -16,46 +16,41 @@ def why_not(device: torch.device) -> str | None:
 def affine_fit(
     filters: Tensor, keys: FitKeys, positive: bool, index: Tensor, scale: Tensor, shift: Tensor, residual: Tensor
 ) -> None:
-    """See `mkf.kernels.affine_fit`. Computes in float64 for float64 filters, otherwise in float32."""
-    outputs = (index, scale, shift, residual)
-    pieces = filters.flatten(1).split(ROWS) if filters.is_contiguous() else filters.split(ROWS)
-    for f, *out in zip(pieces, *(o.split(ROWS) for o in outputs), strict=True):
-        for o, value in zip(out, _fit(f.flatten(1), keys, positive, index.shape[1]), strict=True):
-            o.copy_(value)
+    """See `mkf.kernels.affine_fit`. Computes in float64 whatever the filters are."""
+    for f, *out in zip(filters.split(ROWS), *(o.split(ROWS) for o in (index, scale, shift, residual)), strict=True):
+        for o, value in zip(out, _fit(f, keys, positive, index.shape[1]), strict=True):
+            o.copy_(value.T)
 
 
 def _fit(f: Tensor, keys: FitKeys, positive: bool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    f = f.to(torch.promote_types(f.dtype, torch.float32))
-    q = keys.unit.to(f.dtype)
+    """All four outputs, (best, N).
 
-    finite = f.isfinite().all(1, keepdim=True)
-    first = f[:, :1]
-    dead = finite & (f == first).all(1, keepdim=True)
-    f = torch.where(finite, f, 0)
+    Taps come first here: a sum over them is a chain of additions of whole rows, whose rounding is the same for a filter
+    wherever it stands and for a key wherever it stands.
+    """
+    f, q = f.flatten(1).T.double(), keys.unit.T.double()
+    taps, first = len(f), f[0]
+    finite = f.isfinite().all(0)
+    dead = finite & (f == first).all(0)
 
-    # The mean leaves twice: once roughly, and then what its rounding left behind. Dividing by the largest deviation keeps
-    # the squares of tiny and of huge filters in range.
-    rough = f.mean(1, keepdim=True)
-    y = f - rough
-    rest = y.mean(1, keepdim=True)
-    y = y - rest
-    mean = rough + rest
-    unit = y.abs().amax(1, keepdim=True)
-    y = torch.where(dead, 0, y / unit)
-
-    dot = y @ q.T
+    mean = sum(f / taps)
+    y = f - mean
+    spread = y.abs().amax(0)  # dividing by it keeps the squares in range
+    y = y / spread
+    dot = sum(y[t] * q[t][:, None] for t in range(taps))  # (K, N)
     score = dot if positive else dot.abs()
     # A stable sort, because equal scores go to the lowest index.
-    j = score.argmax(1, keepdim=True) if best == 1 else score.argsort(1, descending=True, stable=True)[:, :best]
-    a = dot.gather(1, j)
+    j = score.argsort(dim=0, descending=True, stable=True)[:best]
+    a = dot.gather(0, j)
     if positive:
         a = a.clamp(min=0)
-    error = (y[:, None] - a[:, :, None] * q[j]).norm(dim=2)
-    r = (error / y.norm(dim=1, keepdim=True)).clamp(max=1)
-    a = a * unit * keys.inverse_norm[j].to(f.dtype)
-    b = mean - a * keys.mean[j].to(f.dtype)
+    error = sum((y[t] - a * q[t][j]).square() for t in range(taps))
+    r = (error / sum(y.square())).sqrt().clamp(max=1)
+    a = a * spread * keys.inverse_norm[j]
+    b = mean - a * keys.mean[j]
 
-    j = torch.where(finite, torch.where(dead, torch.arange(best, device=j.device), j), -1)
-    a, b, r = torch.where(dead, 0, a), torch.where(dead, first, b), torch.where(dead, 0, r)
-    a, b, r = (torch.where(finite, value, torch.nan) for value in (a, b, r))
+    rank = torch.arange(best, device=f.device)[:, None]
+    zero, nan = torch.zeros_like(a), torch.full_like(a, torch.nan)
+    for case, values in ((dead, (rank, zero, first, zero)), (~finite, (torch.full_like(j, -1), nan, nan, nan))):
+        j, a, b, r = (torch.where(case, v, o) for v, o in zip(values, (j, a, b, r), strict=True))
     return j, a, b, r

@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `mkf --help` stays quick.
 
 import typer
 
-from mkf.cli import analyze, bank, env, train
+from mkf.cli import analyze, bank, bench, env, train
 
 app = typer.Typer(
     name="mkf",
@@ -17,3 +17,4 @@ app.command("env")(env.command)
 app.add_typer(bank.app, name="bank")
 app.command("analyze")(analyze.command)
 app.command("train")(train.command)
+app.add_typer(bench.app, name="bench")

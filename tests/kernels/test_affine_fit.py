@@ -1,0 +1,251 @@
+"""Every implementation that runs on a CPU against float64, on random, real and awkward filters."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mkf import affine_fit
+from mkf.kernels import extension, registry
+from tests.kernels.affine_fit_float64 import assert_agrees, line_of_best_key
+
+CPU = torch.device("cpu")
+
+
+def runnable():
+    """(backend, instruction set) of everything that can run here."""
+    for implementation in registry.implementations("affine_fit"):
+        if implementation.why_not(CPU) is not None:
+            continue
+        if implementation.name == "native":
+            native = extension.native()
+            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
+        else:
+            yield implementation.name, None
+
+
+@pytest.fixture(params=runnable(), ids=lambda p: "-".join(filter(None, p)))
+def fit(request, monkeypatch):
+    """`affine_fit` by one implementation."""
+    backend, isa = request.param
+    if isa:
+        monkeypatch.setenv("MKF_ISA", isa)
+    return lambda filters, keys, **options: affine_fit(filters, keys, backend=backend, **options)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1000])
+def test_random_filters(fit, k, count):
+    filters, keys = noise(count, k, k), noise(8, k, k, seed=1)
+    assert_agrees(fit(filters, keys), filters, keys)
+
+
+@pytest.mark.parametrize("keys_count", [1, 2, 7, 8, 9, 16, 17, 50, 256])
+def test_any_number_of_keys(fit, keys_count):
+    filters, keys = noise(100, 7, 7), noise(keys_count, 7, 7, seed=1)
+    assert_agrees(fit(filters, keys), filters, keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(fit, dtype):
+    filters, keys = noise(333, 7, 7).to(dtype), noise(8, 7, 7, seed=1)
+    assert_agrees(fit(filters, keys), filters.double(), keys)
+
+
+def test_every_float16_value(fit):
+    """A filter of each finite half, subnormals included, beside three fixed taps."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(torch.float16)
+    filters = torch.tensor([[1, 2, 0], [4, 0, 3], [0, 1, 0.0]]).half().repeat(len(halves), 1, 1)
+    filters[:, 1, 1] = halves
+    keys = noise(8, 3, 3, seed=1)
+    result = fit(filters, keys)
+    finite = halves.isfinite()
+    assert (result.index[~finite] == -1).all()
+    assert_agrees([x[finite] for x in result], filters[finite].double(), keys)
+
+
+@pytest.mark.parametrize("offset", [1e2, -1e4, 1e6])
+def test_a_common_offset_costs_nothing(fit, offset):
+    filters, keys = noise(500, 7, 7) + offset, noise(8, 7, 7, seed=1)
+    assert_agrees(fit(filters, keys), filters, keys)
+
+
+@pytest.mark.parametrize("error", [1e-1, 1e-2, 1e-4, 0.0])
+@pytest.mark.parametrize("keys_count", [8, 50])
+def test_small_residuals_keep_their_digits(fit, error, keys_count):
+    keys = noise(keys_count, 7, 7, seed=1)
+    planted = torch.arange(640) % keys_count
+    filters = (-3 * keys[planted] + 0.5 + error * noise(640, 7, 7, seed=2)).double()
+    result = fit(filters.float(), keys)
+    assert (result.index == planted).all()
+    assert_agrees(result, filters.float(), keys)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e-15, 1e15, 1e30, 3e38])
+def test_tiny_and_huge_filters(fit, size):
+    filters = noise(40, 7, 7)
+    filters = (filters / filters.abs().amax((1, 2), keepdim=True)).double().mul(size).float()
+    keys = noise(8, 7, 7, seed=1)
+    index, scale, _, residual = fit(filters, keys)
+    a, _, r = line_of_best_key(filters, keys)
+    rows = np.arange(len(filters))
+    assert (r[rows, index] <= r.min(1) + 1e-6).all()
+    np.testing.assert_allclose(residual, r[rows, index], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scale, a[rows, index].astype(np.float32), rtol=1e-5, atol=1e-44)
+
+
+def test_constant_filters_are_dead(fit):
+    values = torch.tensor([0.0, -0.0, 1.0, 0.1, -1e-40, 3e38, 16777217.0])
+    filters = values[:, None, None].expand(-1, 7, 7)
+    index, scale, shift, residual = fit(filters, noise(8, 7, 7))
+    assert (index == 0).all()
+    assert (scale == 0).all()
+    assert (residual == 0).all()
+    assert torch.equal(shift, values)
+
+
+def test_not_finite_filters_leave_their_neighbours_alone(fit):
+    filters, keys = noise(67, 7, 7), noise(8, 7, 7, seed=1)
+    clean = fit(filters, keys)
+    spoilt = filters.clone()
+    spoilt[3, 0, 0], spoilt[20, 6, 6], spoilt[66, 3, 3], spoilt[40] = torch.nan, torch.inf, -torch.inf, torch.nan
+    result = fit(spoilt, keys)
+    bad = torch.tensor([3, 20, 40, 66])
+    good = torch.ones(67, dtype=torch.bool)
+    good[bad] = False
+    assert (result.index[bad] == -1).all()
+    assert all(x[bad].isnan().all() for x in result[1:])
+    assert all(torch.equal(x[good], y[good]) for x, y in zip(result, clean, strict=True))
+
+
+def test_equal_keys_go_to_the_lowest_index(fit):
+    keys = noise(3, 7, 7)[[0, 1, 1, 2, 0]]
+    filters = torch.cat([keys, -keys])
+    assert fit(filters, keys).index.tolist() == [0, 1, 1, 3, 0] * 2
+    best = fit(filters[:2], keys, topk=3)
+    assert best.index[:, :2].tolist() == [[0, 4], [1, 2]]
+
+
+def test_nearly_tied_keys(fit):
+    keys = noise(2, 7, 7).repeat(4, 1, 1) + 1e-6 * noise(8, 7, 7, seed=1)
+    filters = keys[torch.arange(200) % 8] + 0.3 * noise(200, 7, 7, seed=2)
+    assert_agrees(fit(filters, keys), filters, keys)
+
+
+def test_scales_of_one_sign(fit):
+    filters, keys = noise(500, 7, 7), noise(3, 7, 7, seed=1)
+    result = fit(filters, keys, sign="positive")
+    assert_agrees(result, filters, keys, positive=True)
+    assert (result.scale >= 0).all()
+    alone = fit(-keys[:1], keys[:1], sign="positive")
+    assert (alone.index.item(), alone.scale.item(), alone.residual.item()) == (0, 0, 1)
+
+
+def test_the_best_m_keys(fit):
+    filters, keys = noise(300, 7, 7), noise(20, 7, 7, seed=1)
+    result = fit(filters, keys, topk=5)
+    assert result.index.shape == (300, 5)
+    a, b, r = line_of_best_key(filters, keys)
+    order = np.argsort(r, 1, kind="stable")[:, :5]
+    assert (result.index.numpy() == order).mean() > 0.99
+    np.testing.assert_allclose(result.residual, np.take_along_axis(r, order, 1), atol=2e-6)
+    np.testing.assert_allclose(result.scale, np.take_along_axis(a, result.index.numpy(), 1), atol=1e-5)
+    np.testing.assert_allclose(result.shift, np.take_along_axis(b, result.index.numpy(), 1), atol=1e-5)
+    first = fit(filters, keys)
+    assert all(torch.equal(x[:, 0], y) for x, y in zip(result, first, strict=True))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.permute(0, 2, 1),
+        lambda x: x[:, 1:8, 2:9],
+        lambda x: x[::3],
+        lambda x: x.flip(0),
+        lambda x: x[:, ::2, ::2],
+        lambda x: x[1:].permute(2, 1, 0)[:, :7, :7],
+        lambda x: x[:1].expand(50, -1, -1),
+        lambda x: x.reshape(-1)[3:].as_strided((80, 5, 5), (3, 7, 2)),
+    ],
+)
+def test_strided_filters(fit, view):
+    filters = view(noise(121, 9, 9))
+    k = filters.shape[1]
+    if filters.shape[1] != filters.shape[2]:
+        filters = filters[:, :k, :k]
+    keys = noise(8, k, k, seed=1)
+    assert_agrees(fit(filters, keys), filters, keys)
+    assert all(torch.equal(x, y) for x, y in zip(fit(filters, keys), fit(filters.contiguous(), keys), strict=True))
+
+
+def test_a_filter_does_not_know_its_neighbours(fit):
+    """Bitwise the same for any batch split and any number of threads."""
+    filters, keys = noise(40_000, 7, 7), noise(8, 7, 7, seed=1)
+    filters[::7] = keys[0] + 1e-3 * filters[::7]
+    whole = fit(filters, keys)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(x, y) for x, y in zip(whole, fit(filters, keys), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    for start, stop in ((0, 1), (5, 38), (17, 39_999)):
+        piece = fit(filters[start:stop], keys)
+        assert all(torch.equal(x[start:stop], y) for x, y in zip(whole, piece, strict=True))
+
+
+def test_real_filters(fit, data_dir):
+    from safetensors.torch import load_file
+
+    from mkf import keys
+
+    for k in (3, 5, 7):
+        weights = load_file(data_dir / f"filters/trained_k{k}.safetensors").values()
+        filters = torch.cat([w[:, 0] for w in weights])
+        live = filters[(filters != filters[:, :1, :1]).any(2).any(1)]
+        assert 0 < len(live) <= len(filters)
+        some_keys = keys.paper8() if k == 7 else keys.random(k, 8, 0)
+        assert_agrees(fit(live, some_keys), live, some_keys.filters)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_comes(data):
+    """Any mixture of ordinary, tied, offset, scaled, dead and poisoned filters, on every implementation."""
+    k = data.draw(st.sampled_from([3, 5, 7, 9, 11]))
+    seed = data.draw(st.integers(0, 2**31))
+    count, keys_count = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 40))
+    keys = noise(keys_count, k, k, seed=seed)
+    filters = noise(count, k, k, seed=seed + 1).double()
+    for _ in range(data.draw(st.integers(0, 4))):
+        i = data.draw(st.integers(0, count - 1))
+        change = data.draw(st.sampled_from(["offset", "scale", "copy", "constant", "poison"]))
+        if change == "offset":
+            filters[i] += data.draw(st.floats(-1e5, 1e5))
+        elif change == "scale":
+            filters[i] *= 10.0 ** data.draw(st.integers(-30, 30))
+        elif change == "copy":
+            filters[i] = keys[data.draw(st.integers(0, keys_count - 1))] + data.draw(st.floats(0, 1e-2)) * filters[i]
+        elif change == "constant":
+            filters[i] = data.draw(st.floats(-1e30, 1e30))
+        else:
+            filters[i, 0, 0] = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+    filters = filters.float()
+    finite = filters.isfinite().all(2).all(1)
+    dead = finite & (filters == filters[:, :1, :1]).all(2).all(1)
+    live = finite & ~dead
+    for implementation in registry.implementations("affine_fit"):
+        if implementation.why_not(CPU) is not None:
+            continue
+        result = affine_fit(filters, keys, backend=implementation.name)
+        assert (result.index[~finite] == -1).all()
+        assert (result.residual[dead] == 0).all()
+        if live.any():
+            assert_agrees([x[live] for x in result], filters[live], keys)

@@ -1,0 +1,119 @@
+"""What `affine_fit` accepts, refuses and returns."""
+
+import numpy as np
+import pytest
+import torch
+
+import mkf
+from mkf.kernels.registry import BackendError
+
+
+@pytest.fixture
+def filters():
+    return torch.randn(10, 7, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def keys():
+    return torch.randn(4, 7, 7, generator=torch.Generator().manual_seed(1))
+
+
+def test_shapes_and_containers_are_the_same_fit(filters, keys):
+    fit = mkf.affine_fit(filters, keys)
+    for same in (
+        mkf.affine_fit(filters.flatten(1), keys),
+        mkf.affine_fit(filters, keys.numpy()),
+        mkf.affine_fit(filters.requires_grad_(), keys),
+        mkf.affine_fit(torch.nn.Parameter(filters), keys),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(fit, same, strict=True))
+
+
+def test_numpy_in_numpy_out(filters, keys):
+    fit = mkf.affine_fit(filters.numpy(), keys)
+    assert all(isinstance(x, np.ndarray) for x in fit)
+    assert np.array_equal(fit.index, mkf.affine_fit(filters, keys).index.numpy())
+    for array in (filters.numpy()[::-1], filters.numpy().astype(">f4"), np.asfortranarray(filters.numpy())):
+        swapped = mkf.affine_fit(array, keys)
+        assert sorted(swapped.index) == sorted(fit.index)
+    frozen = filters.numpy().copy()
+    frozen.flags.writeable = False
+    assert np.array_equal(mkf.affine_fit(frozen, keys).index, fit.index)
+
+
+def test_the_fit_is_relative_to_the_keys_as_given(filters, keys):
+    fit = mkf.affine_fit(filters, keys)
+    other = mkf.affine_fit(filters, 5 * keys + 2)
+    assert torch.equal(fit.index, other.index)
+    torch.testing.assert_close(other.scale, fit.scale / 5)
+    own = other.scale[:, None, None] * (5 * keys + 2)[other.index] + other.shift[:, None, None]
+    torch.testing.assert_close(own, fit.scale[:, None, None] * keys[fit.index] + fit.shift[:, None, None])
+
+
+def test_key_sets_and_banks(filters):
+    keys = mkf.keys.paper8()
+    model = torch.nn.Conv2d(10, 10, 7, groups=10)
+    model.weight.data = filters[:, None].clone()
+    bank = mkf.FilterBank.from_model(model)
+    fit, raw = mkf.affine_fit(bank, keys), mkf.affine_fit(filters, keys.filters)
+    assert all(torch.equal(x, y) for x, y in zip(fit, raw, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((0, 7, 7), "no filters"), ((3, 7, 5), "expected"), ((3, 4, 4), "expected"), ((3, 13, 13), "expected"),
+     ((3, 1, 7, 7), "weight"), ((3, 48), "expected"), ((7,), "expected"), ((3, 5, 5), r"5x5 but keys are 7x7")],
+)  # fmt: skip
+def test_filters_that_are_none(shape, message, keys):
+    with pytest.raises(ValueError, match=message):
+        mkf.affine_fit(torch.randn(shape), keys)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 7), (257, 7, 7), (4, 49), (4, 7, 5)])
+def test_keys_that_are_none(filters, shape):
+    with pytest.raises(ValueError, match=r"expected \(K, k, k\)"):
+        mkf.affine_fit(filters, torch.randn(shape))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6, float("nan"), float("inf")])
+def test_keys_that_fit_nothing(filters, keys, value):
+    keys[2] = value
+    with pytest.raises(ValueError, match=r"keys \[2\] are constant or not finite"):
+        mkf.affine_fit(filters, keys)
+
+
+def test_options_that_are_none(filters, keys, monkeypatch):
+    with pytest.raises(ValueError, match="sign="):
+        mkf.affine_fit(filters, keys, sign="negative")
+    with pytest.raises(ValueError, match="there are 4 keys"):
+        mkf.affine_fit(filters, keys, topk=5)
+    with pytest.raises(ValueError, match="topk=0"):
+        mkf.affine_fit(filters, keys, topk=0)
+    with pytest.raises(ValueError, match="no such implementation; there are native"):
+        mkf.affine_fit(filters, keys, backend="fortran")
+    with pytest.raises(TypeError, match="int64"):
+        mkf.affine_fit(filters.long(), keys)
+    with pytest.raises(TypeError, match="list"):
+        mkf.affine_fit([1, 2], keys)
+    monkeypatch.setenv("MKF_ISA", "mmx")
+    with pytest.raises(ValueError, match="MKF_ISA='mmx'"):
+        mkf.affine_fit(filters, keys, backend="native")
+
+
+def test_an_implementation_that_cannot_run_says_why(filters, keys, monkeypatch):
+    from mkf.kernels import extension
+
+    monkeypatch.setattr(extension, "missing", lambda: "no compiler on this planet")
+    assert torch.equal(mkf.affine_fit(filters, keys).index, mkf.affine_fit(filters, keys, backend="reference").index)
+    with pytest.raises(BackendError, match=r"no compiler on this planet\. Here numba, reference can"):
+        mkf.affine_fit(filters, keys, backend="native")
+    monkeypatch.setenv("MKF_BACKEND", "native")
+    with pytest.raises(BackendError, match="MKF_BACKEND='native' cannot run"):
+        mkf.affine_fit(filters, keys)
+
+
+def test_meta_tensors_and_compile(filters, keys):
+    fit = torch.ops.mkf.affine_fit(filters.to("meta"), keys.to("meta"), 2, False, "")
+    assert [x.shape for x in fit] == [(10, 2)] * 4
+    compiled = torch.compile(lambda f, q: mkf.affine_fit(f, q).scale * 2, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(filters, keys), mkf.affine_fit(filters, keys).scale * 2)
