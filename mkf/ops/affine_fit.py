@@ -61,7 +61,8 @@ def affine_fit(
         backend: Name of an implementation (`mkf env` lists them); automatic if None, or as `MKF_BACKEND` says.
 
     Returns:
-        An `AffineFit` on the device of the filters.
+        An `AffineFit` on the device of the filters. Scale, shift and residual have gradients with respect to filters and
+        keys, at the chosen key.
 
     Raises:
         ValueError: Shapes that are no filters or do not fit together, no filter, keys that are not finite or constant.
@@ -75,10 +76,11 @@ def affine_fit(
     q = _keys(keys, f)
     if topk is not None and not 1 <= topk <= len(q):
         raise ValueError(f"topk={topk}: there are {len(q)} keys")
-    outputs = torch.ops.mkf.affine_fit(f, q, topk or 1, sign == "positive", backend or "")
+    scale, shift, residual, index = torch.ops.mkf.affine_fit(f, q, topk or 1, sign == "positive", backend or "")
+    fit = AffineFit(index, scale, shift, residual)
     if topk is None:
-        outputs = tuple(o.squeeze(1) for o in outputs)
-    return AffineFit(*(o.numpy() for o in outputs)) if as_numpy else AffineFit(*outputs)
+        fit = AffineFit(*(x.squeeze(1) for x in fit))
+    return AffineFit(*(x.numpy(force=True) for x in fit)) if as_numpy else fit
 
 
 def _tensor(x: Any, what: str) -> Tensor:
@@ -116,7 +118,9 @@ def _keys(keys: Any, filters: Tensor) -> Tensor:
         raise ValueError(f"keys have shape {tuple(q.shape)}: expected (K, k, k) with 1 <= K <= {MAX_KEYS}")
     if q.shape[1:] != filters.shape[1:]:
         k, own = filters.shape[1], q.shape[1]
-        raise ValueError(f"filters are {k}x{k} but keys are {own}x{own}: use keys of {k}x{k}, or select(k={own}) filters")
+        raise ValueError(
+            f"filters are {k}x{k} but keys are {own}x{own}: use keys of {k}x{k}, or select(k={own}) filters"
+        )
     return q.to(filters.device)
 
 
@@ -135,20 +139,72 @@ def _prepare(keys: Tensor) -> FitKeys:
 
 
 def _run(filters: Tensor, keys: Tensor, topk: int, positive: bool, backend: str) -> tuple[Tensor, ...]:
-    outputs = _empty(filters, keys, topk, positive, backend)
+    scale, shift, residual, index = _empty(filters, keys, topk, positive, backend)
     implementation = choose("affine_fit", filters.device, backend or None)
-    implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, *outputs)
-    return outputs
+    implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, index, scale, shift, residual)
+    return scale, shift, residual, index
 
 
 def _empty(filters: Tensor, keys: Tensor, topk: int, positive: bool, backend: str) -> tuple[Tensor, ...]:
     shape = (filters.shape[0], topk)
-    return filters.new_empty(shape, dtype=torch.int32), *(filters.new_empty(shape, dtype=torch.float32) for _ in "abr")
+    scale, shift, residual = (filters.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    return scale, shift, residual, filters.new_empty(shape, dtype=torch.int32)
 
 
 _library = torch.library.Library("mkf", "DEF")
-_library.define(
-    "affine_fit(Tensor filters, Tensor keys, int topk, bool positive, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+_library.define(  # the integer output last: opcheck adds the outputs up in their order
+    "affine_fit(Tensor filters, Tensor keys, int topk, bool positive, str backend)"
+    " -> (Tensor scale, Tensor shift, Tensor residual, Tensor index)"
 )
 _library.impl("affine_fit", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mkf::affine_fit", _empty, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    filters, keys, _, positive, _ = inputs
+    scale, _, residual, index = output
+    ctx.mark_non_differentiable(index)
+    ctx.save_for_backward(filters, keys, index, scale, residual)
+    ctx.positive = positive
+
+
+def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _: Any) -> tuple[Any, ...]:
+    """Gradients at the chosen key, e = f' - a q' being what the fit leaves (it is orthogonal to q' and to constants).
+
+    da/df = q' / |q'|^2            db/df = 1/n - mean(q) da/df         dr/df = e / (r |f'|^2) - r f' / |f'|^2
+    da/dq = (e - a q') / |q'|^2    db/dq = -a/n - mean(q) da/dq        dr/dq = -a e / (r |f'|^2)
+
+    Where the residual is 0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter
+    only moves its shift; a filter that is not finite gets gradient 0.
+    """
+    filters, keys, index, scale, residual = ctx.saved_tensors
+    dtype = torch.promote_types(torch.promote_types(filters.dtype, keys.dtype), torch.float32)
+    f, q = filters.flatten(1).to(dtype), keys.flatten(1).to(dtype)
+    taps = f.shape[1]
+    finite = index[:, :1] >= 0
+    f = torch.where(finite, f, 0)
+    f = f - f.mean(1, keepdim=True)
+    f_squares = f.square().sum(1, keepdim=True)
+    q_mean = q.mean(1, keepdim=True)
+    q_centred = q - q_mean
+    q_squares = q_centred.square().sum(1, keepdim=True)
+
+    d_filters, d_keys = torch.zeros_like(f), torch.zeros_like(q)
+    for rank in range(index.shape[1]):
+        j = index[:, rank].clamp(min=0)
+        a, r, da, db, dr = (x[:, rank : rank + 1].to(dtype) for x in (scale, residual, d_scale, d_shift, d_residual))
+        moves = finite & ((a > 0) if ctx.positive else (f_squares > 0))
+        a, r, da, dr, db = (
+            torch.where(m, x, 0) for m, x in ((moves, a), (moves, r), (moves, da), (moves, dr), (finite, db))
+        )
+        key = q_centred[j]
+        e = f - a * key
+        da = (da - torch.where(moves, db * q_mean[j], 0)) / q_squares[j]
+        per_e = torch.where(r > 0, dr / (r * f_squares), 0)
+        per_f = torch.where(r > 0, dr * r / f_squares, 0)
+        d_filters += da * key + db / taps + per_e * e - per_f * f
+        d_keys.index_add_(0, j, da * (e - a * key) - db * a / taps - per_e * a * e)
+    return d_filters.view(filters.shape).to(filters.dtype), d_keys.view(keys.shape).to(keys.dtype), None, None, None
+
+
+torch.library.register_autograd("mkf::affine_fit", _backward, setup_context=_setup_context, lib=_library)

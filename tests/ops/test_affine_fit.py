@@ -117,3 +117,60 @@ def test_meta_tensors_and_compile(filters, keys):
     assert [x.shape for x in fit] == [(10, 2)] * 4
     compiled = torch.compile(lambda f, q: mkf.affine_fit(f, q).scale * 2, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(filters, keys), mkf.affine_fit(filters, keys).scale * 2)
+
+
+def line(filters, keys, index):
+    """The fit to given keys in differentiable float64 torch."""
+    y, x = filters.flatten(1)[:, None], keys.flatten(1)[index.clamp(min=0)]
+    x_mean, y_mean = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+    a = ((x - x_mean) * (y - y_mean)).sum(2) / (x - x_mean).square().sum(2)
+    b = y_mean[..., 0] - a * x_mean[..., 0]
+    error = (y - a[..., None] * x - b[..., None]).norm(dim=2)
+    return a, b, error / (y - y_mean).norm(dim=2)
+
+
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients(filters, keys, topk, dtype):
+    filters, keys = (x.to(dtype).requires_grad_() for x in (filters, keys + 0.3))
+    fit = mkf.affine_fit(filters, keys, topk=topk)
+    weights = [torch.randn(10, topk, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    sum((w * x).sum() for w, x in zip(weights, fit[1:], strict=True)).backward()
+    f, q = (x.detach().double().requires_grad_() for x in (filters, keys))
+    sum((w * x).sum() for w, x in zip(weights, line(f, q, fit.index), strict=True)).backward()
+    torch.testing.assert_close(filters.grad, f.grad.to(dtype), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(keys.grad, q.grad.to(dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", ["any", "positive"])
+def test_gradcheck(filters, keys, sign):
+    filters, keys = filters[:5].double().requires_grad_(), keys.double().requires_grad_()
+    # The outputs are float32, so the finite differences take a large step.
+    assert torch.autograd.gradcheck(
+        lambda f, q: tuple(x.double() for x in mkf.affine_fit(f, q, sign=sign)[1:]),
+        (filters, keys),
+        eps=3e-3,
+        atol=1e-3,
+    )
+
+
+def test_gradients_where_there_is_nothing_to_move(filters, keys):
+    filters[0], filters[1], filters[2] = 2.0, keys[1] * 3, torch.nan
+    filters.requires_grad_()
+    fit = mkf.affine_fit(filters, keys)
+    fit.residual.nansum().backward(retain_graph=True)
+    assert filters.grad.isfinite().all()
+    assert (filters.grad[[0, 2]] == 0).all()
+    filters.grad = None
+    fit.shift[0].backward()
+    torch.testing.assert_close(filters.grad[0], torch.full((7, 7), 1 / 49))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x, lambda x: x.permute(0, 2, 1), lambda x: x[::2], lambda x: x.expand(10, 7, 7), lambda x: x.bfloat16()],
+)
+def test_opcheck(filters, keys, view):
+    f = view(filters)
+    for wanted in (f, f.detach().requires_grad_()):
+        torch.library.opcheck(torch.ops.mkf.affine_fit.default, (wanted, keys, 2, False, ""), atol=1e-5, rtol=1e-4)
