@@ -1,0 +1,8 @@
+"""Training of classifiers on Parquet image folders: data, recipe and loop, made of timm's parts."""
+
+from mkf.train.config import TrainConfig
+from mkf.train.data import ParquetImages
+from mkf.train.engine import EpochRecord, train
+from mkf.train.model import build_model
+
+__all__ = ["EpochRecord", "ParquetImages", "TrainConfig", "build_model", "train"]

@@ -1,0 +1,148 @@
+"""Image folders in Parquet, as the Hugging Face hub lays them out, decoded once into memory."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mkf.train.config import TrainConfig
+
+Batches = DataLoader[tuple[torch.Tensor, int]]
+TRAIN_SPLITS = ("train",)
+TEST_SPLITS = ("test", "val", "validation")
+
+
+class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
+    """The images and labels of one split, decoded once and kept as uint8, for sets of small images.
+
+    The folder holds `SPLIT-*.parquet` files with the columns `image` (a struct with the field `bytes`: any format that
+    Pillow reads) and `label` (integers from 0). Grey, palette and transparent images become RGB.
+
+    Attributes:
+        images: One uint8 array (H, W, 3) per image; the sizes may differ.
+        labels: int64 array (N,).
+        transform: Takes a PIL image and returns what the loader collates; set it before use.
+    """
+
+    def __init__(self, folder: str | Path, splits: tuple[str, ...] = TRAIN_SPLITS) -> None:
+        """Read the first of `splits` that the folder has.
+
+        Args:
+            folder: The folder with the Parquet files.
+            splits: Names to look for, in this order.
+
+        Raises:
+            FileNotFoundError: The folder is missing or has no file of these splits.
+            ValueError: A file is not Parquet, lacks a column, holds no image, or an image cannot be decoded.
+        """
+        import pyarrow.compute as pc
+
+        self.images: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for path in _files(Path(folder), splits):
+            table = _read(path)
+            labels.append(table["label"].to_numpy())
+            contents = pc.struct_field(table["image"], "bytes")
+            self.images.extend(_decode(value.as_py(), f"{path}, row {row}") for row, value in enumerate(contents))
+        if not self.images:
+            raise ValueError(f"{folder}: the {'/'.join(splits)} split holds no image")
+        self.labels = np.concatenate(labels).astype(np.int64)
+        if self.labels.min() < 0:
+            raise ValueError(f"{folder}: the {'/'.join(splits)} split has negative labels (unlabelled images?)")
+        self.transform: Callable[[Any], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        from PIL import Image
+
+        if self.transform is None:
+            raise RuntimeError("ParquetImages.transform is not set")
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the mean and the standard deviation of red, green and blue over all pixels, in [0, 1]."""
+        pixels = sum(image.shape[0] * image.shape[1] for image in self.images)
+        total, squares = np.zeros(3), np.zeros(3)
+        for image in self.images:
+            values = image.reshape(-1, 3).astype(np.float64) / 255
+            total += values.sum(axis=0)
+            squares += np.square(values).sum(axis=0)
+        mean = total / pixels
+        deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-12))
+        return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def loaders(config: TrainConfig, train_set: ParquetImages, test_set: ParquetImages) -> tuple[Batches, Batches]:
+    """Give both splits their transforms, normalised by the training split's statistics, and return their loaders."""
+    from timm.data import create_transform
+
+    mean, std = train_set.channel_statistics()
+    common = {"input_size": config.image_size, "mean": mean, "std": std, "interpolation": "bicubic"}
+    try:
+        train_set.transform = create_transform(
+            **common,
+            is_training=True,
+            scale=(config.min_crop, 1.0),
+            color_jitter=None,
+            auto_augment=config.randaug or None,
+            re_prob=config.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"randaug {config.randaug!r} is not timm's notation, such as rand-m9-n2-mstd0.5") from error
+    test_set.transform = create_transform(**common, crop_pct=1.0)
+    return (
+        DataLoader(train_set, config.batch_size, shuffle=True, drop_last=True, num_workers=config.workers),
+        DataLoader(test_set, 2 * config.batch_size, num_workers=config.workers),
+    )
+
+
+def _files(folder: Path, splits: tuple[str, ...]) -> list[Path]:
+    """Return the Parquet files of the first split the folder has, sorted by name."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder {folder}")
+    for split in splits:
+        if files := sorted(folder.glob(f"{split}-*.parquet")):
+            return files
+    wanted = " or ".join(f"{split}-*.parquet" for split in splits)
+    raise FileNotFoundError(f"{folder} has no {wanted}: a Parquet image folder as on the Hugging Face hub is needed")
+
+
+def _read(path: Path) -> Any:
+    """Return the table of one file after checking its columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+    names = ", ".join(schema.names)
+    if missing := [name for name in ("image", "label") if name not in schema.names]:
+        raise ValueError(f"{path} has no column {' and no column '.join(missing)} (its columns: {names})")
+    image, label = schema.field("image").type, schema.field("label").type
+    if not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0):
+        raise ValueError(f"{path}: column image has type {image}; a struct with a field `bytes` is needed")
+    if not pa.types.is_integer(label):
+        raise ValueError(f"{path}: column label has type {label}; integers are needed")
+    table = pq.read_table(path, columns=["image", "label"])
+    if nulls := table["label"].null_count:
+        raise ValueError(f"{path}: column label has {nulls} nulls")
+    return table
+
+
+def _decode(content: bytes | None, where: str) -> np.ndarray:
+    """Decode one image to a uint8 array (H, W, 3)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(BytesIO(content or b"")) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{where}: the image cannot be decoded: {error}") from error

@@ -1,0 +1,292 @@
+"""The training loop: one configuration in, a folder with the weights, the control and the history out."""
+
+import csv
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mkf.train.config import TrainConfig
+from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, loaders
+from mkf.train.model import build_model
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of the history; losses are means over images, `top1` is in percent, of the averaged weights if any."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    test_loss: float
+    top1: float
+    images_per_second: float
+    seconds: float
+
+
+def train(
+    config: TrainConfig,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[EpochRecord]:
+    """Train a classifier and write the results to `config.out`.
+
+    The folder then holds `model.safetensors` (the weights, averaged if `ema`, with metadata), `initial.safetensors`
+    (the untrained weights of the same seed, a control), `history.csv` and `history.json`, and, while the run
+    goes on, `last.pt`. Every file is written beside its place and moved there. Called again with the same
+    configuration after an interruption, it goes on after the last whole epoch and ends with the same weights.
+
+    Args:
+        config: The run.
+        on_epoch: Called after every epoch, when its checkpoint is written.
+        on_step: Called after every step with the steps done and the steps of the whole run.
+
+    Returns:
+        The history, one record an epoch.
+
+    Raises:
+        FileNotFoundError: The data folder is missing or lacks a split.
+        FileExistsError: `out` holds a finished run.
+        ValueError: Bad data, model or option, an interrupted run of another configuration, or a loss not finite.
+    """
+    out = Path(config.out)
+    if (out / "model.safetensors").exists():
+        raise FileExistsError(f"{out} holds a finished run; choose another folder")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = _Run(config)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "last.pt").exists():
+        run.load(out / "last.pt")
+    else:
+        _save_weights(run.model, out / "initial.safetensors", run.metadata(epochs=0))
+    while len(run.history) < config.epochs:
+        record = run.epoch(on_step)
+        _write_history(run.history, out)
+        _replace(out / "last.pt", lambda path: torch.save(run.state(), path))
+        if on_epoch:
+            on_epoch(record)
+    metadata = run.metadata(epochs=config.epochs) | {"test_accuracy": f"{run.history[-1].top1:.2f}"}
+    _save_weights(run.tested, out / "model.safetensors", metadata)
+    (out / "last.pt").unlink()
+    return run.history
+
+
+class _Run:
+    """The state of one training."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+        from timm.utils import ModelEmaV3
+
+        self.config = config
+        self.device = _device(config.device)
+        train_set = ParquetImages(config.data, TRAIN_SPLITS)
+        test_set = ParquetImages(config.data, TEST_SPLITS)
+        self.classes = int(max(train_set.labels.max(), test_set.labels.max())) + 1
+        self.train_loader, self.test_loader = loaders(config, train_set, test_set)
+        if not len(self.train_loader):
+            raise ValueError(f"{len(train_set)} training images are fewer than one batch of {config.batch_size}")
+        self.steps = len(self.train_loader)
+        _seed(config.seed, 0)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = build_model(config, self.classes).to(device=self.device)
+        self.model = self.model.to(memory_format=self.memory_format)
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.optimizer = create_optimizer_v2(self.model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.lr / 100,
+            min_lr=config.lr / 1000,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        self.mix, self.loss = _targets(config, self.classes)
+        self.history: list[EpochRecord] = []
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested and saved: the average of the weights if there is one."""
+        module: nn.Module = self.ema.module if self.ema else self.model
+        return module
+
+    def epoch(self, on_step: Callable[[int, int], None] | None) -> EpochRecord:
+        """Train one epoch, test, and append to the history."""
+        number = len(self.history)
+        _seed(self.config.seed, number + 1)
+        start = time.perf_counter()
+        train_loss = self._train(number, on_step)
+        seconds = time.perf_counter() - start
+        test_loss, top1 = self._test()
+        record = EpochRecord(
+            epoch=number + 1,
+            lr=self.optimizer.param_groups[0]["lr"],
+            train_loss=train_loss,
+            test_loss=test_loss,
+            top1=top1,
+            images_per_second=self.steps * self.config.batch_size / seconds,
+            seconds=time.perf_counter() - start,
+        )
+        self.history.append(record)
+        return record
+
+    def _train(self, number: int, on_step: Callable[[int, int], None] | None) -> float:
+        """Run the steps of epoch `number`, counted from 0, and return the mean loss."""
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for step, (images, labels) in enumerate(self.train_loader, start=number * self.steps):
+            self.scheduler.step_update(step)
+            images, targets = self._to_device(images), labels.to(self.device)
+            if self.mix:
+                images, targets = self.mix(images, targets)
+            with self._autocast():
+                logits = self.model(images)
+            loss = self.loss(logits.float(), targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if self.config.clip_grad:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model, step=step)
+            total += loss.detach()
+            if on_step:
+                on_step(step + 1, self.config.epochs * self.steps)
+        mean = total.item() / self.steps
+        if not torch.isfinite(total):
+            raise ValueError(f"the training loss is {mean} in epoch {number + 1}: try a lower learning rate")
+        return mean
+
+    @torch.inference_mode()
+    def _test(self) -> tuple[float, float]:
+        """Return the mean cross-entropy and the top-1 accuracy in percent on the test split."""
+        model = self.tested.eval()
+        loss, correct, count = 0.0, 0, 0
+        for images, labels in self.test_loader:
+            labels = labels.to(self.device)
+            with self._autocast():
+                logits = model(self._to_device(images))
+            loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            count += len(labels)
+        return loss / count, 100 * correct / count
+
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs; plain types and tensors, so that it loads with `weights_only`."""
+        return {
+            "recipe": self.config.recipe,
+            "history": [asdict(record) for record in self.history],
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of the same recipe."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            theirs = state["recipe"]
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+            raise ValueError(f"{path} is not a checkpoint of an interrupted run: {error}") from error
+        mine = self.config.recipe
+        if changed := [key for key in mine if mine[key] != theirs.get(key)]:
+            changes = [f"{key}: {theirs.get(key)!r}, now {mine[key]!r}" for key in changed]
+            raise ValueError(f"{path.parent} holds an interrupted run with other options ({'; '.join(changes)})")
+        self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["model_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = [EpochRecord(**record) for record in state["history"]]
+
+    def metadata(self, epochs: int) -> dict[str, str]:
+        """Provenance of saved weights; safetensors keeps strings only."""
+        import timm
+
+        return {
+            "model": self.config.model,
+            "model_kwargs": json.dumps(dict(self.config.model_kwargs, num_classes=self.classes)),
+            "data_set": self.config.data_set,
+            "epochs": str(epochs),
+            "seed": str(self.config.seed),
+            "command": self.config.command(),
+            "versions": json.dumps({"torch": torch.__version__, "timm": timm.__version__}),
+        }
+
+
+def _seed(seed: int, epoch: int) -> None:
+    """Seed torch, numpy and random for one epoch; hashed, so that neighbouring seeds share no epoch's stream."""
+    from timm.utils import random_seed
+
+    random_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of a name after trying it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _targets(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:
+    """Return timm's Mixup, if mixing is on, and the loss for its targets."""
+    from timm.data import Mixup
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    if not (config.mixup or config.cutmix):
+        return None, LabelSmoothingCrossEntropy(config.smoothing)
+    mix = Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        label_smoothing=config.smoothing,
+        num_classes=classes,
+    )
+    return mix, SoftTargetCrossEntropy()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path` and move it there, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _replace(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def _write_history(history: list[EpochRecord], out: Path) -> None:
+    rows = [asdict(record) for record in history]
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    _replace(out / "history.csv", write_csv)
+    _replace(out / "history.json", lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))

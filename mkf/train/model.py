@@ -1,0 +1,44 @@
+"""Models by name: those of timm's registry, and timm's classes for shapes that no registered name has."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+import torch
+from torch import nn
+
+from mkf.train.config import TrainConfig
+
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Return the untrained model of a configuration; its weights follow torch's seed.
+
+    Raises:
+        ValueError: timm has no such model, or the model does not take the arguments or the image size.
+    """
+    import timm
+
+    classes = {
+        name: item for name, item in vars(timm.models).items() if isinstance(item, type) and issubclass(item, nn.Module)
+    }
+    create: Callable[..., nn.Module]
+    if config.model in classes:
+        create = classes[config.model]
+    elif timm.is_model(config.model):
+        create = partial(timm.create_model, config.model)
+    else:
+        near = get_close_matches(config.model, [*timm.list_models(), *classes], n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"timm has no model {config.model!r}{hint}")
+
+    kwargs = dict(config.model_kwargs, num_classes=num_classes)
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    try:
+        model = create(**kwargs)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, config.image_size, config.image_size))
+    except Exception as error:  # what timm's classes raise for arguments they cannot use differs from class to class
+        size = f"{config.image_size}x{config.image_size} images"
+        raise ValueError(f"{config.model} does not work with {kwargs} and {size}: {error}") from error
+    return model.train()

@@ -1,0 +1,122 @@
+"""Reading of Parquet image folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mkf.train import ParquetImages, TrainConfig
+from mkf.train.data import TEST_SPLITS, loaders
+from tests.train.conftest import WriteImages, png
+
+IMAGE = pa.struct([("bytes", pa.binary())])
+
+
+def test_every_mode_becomes_rgb(tmp_path: Path, write_images: WriteImages) -> None:
+    red = Image.new("RGB", (5, 3), (200, 10, 20))
+    modes = [red, red.convert("RGBA"), red.convert("L"), red.convert("LA"), red.convert("P"), red.convert("1")]
+    write_images(tmp_path / "train-0.parquet", modes, [0, 1, 2, 3, 4, 5])
+    images = ParquetImages(tmp_path)
+    assert len(images) == 6
+    assert {(image.shape, image.dtype) for image in images.images} == {((3, 5, 3), np.dtype(np.uint8))}
+    assert images.images[1].tolist() == images.images[0].tolist()  # alpha is dropped, colours stay
+    grey = images.images[2]
+    assert (grey == grey[..., :1]).all()
+    assert grey[0, 0, 0] == round((200 * 299 + 10 * 587 + 20 * 114) / 1000)
+    assert images.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_sizes_may_differ_and_batches_are_square(tmp_path: Path, write_images: WriteImages) -> None:
+    images = [Image.new("RGB", size, (i, 0, 0)) for i, size in enumerate([(9, 20), (33, 7), (1, 1), (12, 12)])]
+    write_images(tmp_path / "train-0.parquet", images, [0, 1, 0, 1])
+    write_images(tmp_path / "test-0.parquet", images, [0, 1, 0, 1])
+    config = TrainConfig(model="ConvMixer", data=str(tmp_path), out="", image_size=8, batch_size=4)
+    train, test = loaders(config, ParquetImages(tmp_path), ParquetImages(tmp_path, TEST_SPLITS))
+    for loader in (train, test):
+        batch, labels = next(iter(loader))
+        assert batch.shape == (4, 3, 8, 8)
+        assert batch.dtype == torch.float32
+        assert sorted(labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_shards_in_order_and_first_split_wins(tmp_path: Path, write_images: WriteImages) -> None:
+    def pixel(value: int) -> list[Image.Image]:
+        return [Image.new("RGB", (1, 1), (value, 0, 0))]
+
+    for split, shard, value in [("train", 1, 1), ("train", 0, 0), ("validation", 0, 2), ("val", 0, 3)]:
+        write_images(tmp_path / f"{split}-{shard:05}-of-00002.parquet", pixel(value), [value])
+    assert ParquetImages(tmp_path).labels.tolist() == [0, 1]
+    assert [image[0, 0, 0] for image in ParquetImages(tmp_path).images] == [0, 1]
+    assert ParquetImages(tmp_path, TEST_SPLITS).labels.tolist() == [3]
+
+
+def test_channel_statistics(tmp_path: Path, write_images: WriteImages) -> None:
+    rng = np.random.default_rng(1)
+    arrays = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(4, 9), (1, 2), (7, 7)]]
+    write_images(tmp_path / "train-0.parquet", [Image.fromarray(array) for array in arrays], [0, 0, 0])
+    mean, deviation = ParquetImages(tmp_path).channel_statistics()
+    pixels = np.concatenate([array.reshape(-1, 3) for array in arrays]).astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(deviation, pixels.std(axis=0), rtol=1e-9)
+
+
+def test_constant_channel_has_a_positive_deviation(tmp_path: Path, write_images: WriteImages) -> None:
+    write_images(tmp_path / "train-0.parquet", [Image.new("RGB", (2, 2), (9, 9, 9))], [0])
+    assert min(ParquetImages(tmp_path).channel_statistics()[1]) > 0
+
+
+def test_folder_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no data folder"):
+        ParquetImages(tmp_path / "nowhere")
+    (tmp_path / "train.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"has no train-\*\.parquet"):
+        ParquetImages(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"test-\*\.parquet or val-\*\.parquet or validation-\*\.parquet"):
+        ParquetImages(tmp_path, TEST_SPLITS)
+    (tmp_path / "train-0.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet is not a readable Parquet file"):
+        ParquetImages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"img": pa.array([b"x"]), "y": pa.array([1])}, r"no column image and no column label \(its columns: img, y\)"),
+        ({"image": pa.array([b"x"]), "label": pa.array([1])}, "column image has type binary"),
+        ({"image": pa.array([{"bytes": b""}], IMAGE), "label": pa.array(["cat"])}, "column label has type string"),
+        ({"image": pa.array([{"bytes": b""}], IMAGE), "label": pa.array([None], pa.int64())}, "has 1 nulls"),
+        ({"image": pa.array([{"bytes": b"?"}], IMAGE), "label": pa.array([1])}, "row 0: the image cannot be decoded"),
+        ({"image": pa.array([None], IMAGE), "label": pa.array([1])}, "row 0: the image cannot be decoded"),
+        ({"image": pa.array([], IMAGE), "label": pa.array([], pa.int64())}, "train split holds no image"),
+    ],
+)
+def test_column_errors(tmp_path: Path, columns: dict[str, pa.Array], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=message):
+        ParquetImages(tmp_path)
+
+
+def test_truncated_image_and_negative_label(tmp_path: Path, write_images: WriteImages) -> None:
+    content = png(Image.effect_noise((64, 64), 50))[:200]
+    table = pa.table({"image": pa.array([{"bytes": content}], IMAGE), "label": pa.array([0])})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        ParquetImages(tmp_path)
+    write_images(tmp_path / "train-0.parquet", [Image.new("RGB", (2, 2))], [-1])
+    with pytest.raises(ValueError, match="negative labels"):
+        ParquetImages(tmp_path)
+
+
+def test_transform_must_be_set(colours: Path) -> None:
+    with pytest.raises(RuntimeError, match="transform"):
+        ParquetImages(colours)[0]
+
+
+def test_real_images(data_dir: Path) -> None:
+    images = ParquetImages(data_dir / "images" / "cifar10", TEST_SPLITS)
+    assert np.bincount(images.labels).tolist() == [1000] * 10
+    assert {image.shape for image in images.images} == {(32, 32, 3)}

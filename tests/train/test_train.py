@@ -1,0 +1,232 @@
+"""Training runs, small enough for a test."""
+
+import json
+import shlex
+from dataclasses import asdict, fields, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mkf.train.engine
+from mkf.cli import app
+from mkf.cli.train import command
+from mkf.train import EpochRecord, TrainConfig, build_model, train
+
+TINY = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4}
+
+
+def config(folder: Path, out: str, **changes: Any) -> TrainConfig:
+    """Two epochs of two steps."""
+    base = TrainConfig(
+        model="ConvMixer",
+        model_kwargs=TINY,
+        data=str(folder),
+        out=str(folder.parent / out),
+        image_size=16,
+        epochs=2,
+        warmup_epochs=1,
+        batch_size=12,
+    )
+    return replace(base, **changes)
+
+
+def cli(folder: Path, out: Path, *more: str) -> tuple[int, str, str]:
+    """Run `mkf train` on one epoch of two steps; return the exit code, stdout and stderr."""
+    words = ["train", "--model", "ConvMixer", "--data", str(folder), "--out", str(out), "--image-size", "16"]
+    words += ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "12"]
+    words += [word for key, value in TINY.items() for word in ("--model-kwargs", f"{key}={value}")]
+    result = CliRunner().invoke(app, [*words, *more])
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def without_times(history: list[EpochRecord]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in asdict(r).items() if k not in ("images_per_second", "seconds")} for r in history]
+
+
+def test_command_line_end_to_end(colours: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, stdout, stderr = cli(colours, out, "--seed", "3")
+    assert code == 0, stderr
+    assert "epoch 1/1" in stdout
+    assert "wrote" in stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        "history.csv",
+        "history.json",
+        "initial.safetensors",
+        "model.safetensors",
+    ]
+    (row,) = json.loads((out / "history.json").read_text())
+    header, line = (out / "history.csv").read_text().splitlines()
+    assert header.split(",") == list(row)
+    assert [float(word) for word in line.split(",")] == list(row.values())
+    with safe_open(out / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["model_kwargs"]) == TINY | {"num_classes": 2}
+    assert {key: metadata[key] for key in ("model", "data_set", "epochs", "seed")} == {
+        "model": "ConvMixer",
+        "data_set": "colours",
+        "epochs": "1",
+        "seed": "3",
+    }
+    assert float(metadata["test_accuracy"]) == pytest.approx(row["top1"], abs=0.005)
+    assert json.loads(metadata["versions"])["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(metadata)
+    trained, initial = load_file(out / "model.safetensors"), load_file(out / "initial.safetensors")
+    assert trained.keys() == initial.keys()
+    assert not torch.equal(trained["blocks.0.0.fn.0.weight"], initial["blocks.0.0.fn.0.weight"])
+
+
+def test_saved_weights_load_into_the_model_and_give_the_accuracy(colours: Path) -> None:
+    run = config(colours, "run", epochs=4, batch_size=8, lr=0.02)
+    history = train(run)
+    model = build_model(run, num_classes=2)
+    model.load_state_dict(load_file(Path(run.out) / "model.safetensors"))
+    state = mkf.train.engine._Run(run)
+    state.ema.module.load_state_dict(model.state_dict())
+    assert state._test() == pytest.approx((history[-1].test_loss, history[-1].top1), rel=1e-6)
+
+
+def test_it_learns(colours: Path) -> None:
+    history = train(config(colours, "run", epochs=8, lr=0.02, ema=0.5, randaug="", mixup=0, cutmix=0, erasing=0))
+    assert history[-1].top1 == 100
+    assert history[-1].train_loss < history[0].train_loss
+    assert [record.epoch for record in history] == list(range(1, 9))
+    assert history[-1].lr < 0.02 * 0.1
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_resume_gives_the_uninterrupted_run(colours: Path, ema: float) -> None:
+    whole = train(config(colours, "whole", epochs=3, ema=ema))
+    interrupted = config(colours, "interrupted", epochs=3, ema=ema)
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, on_epoch=stop)
+    assert not (Path(interrupted.out) / "model.safetensors").exists()
+    assert (Path(interrupted.out) / "last.pt").exists()
+    seen: list[EpochRecord] = []
+    resumed = train(interrupted, on_epoch=seen.append)
+    assert [record.epoch for record in seen] == [3]
+    assert without_times(resumed) == without_times(whole)
+    one, other = (load_file(Path(run) / "model.safetensors") for run in (colours.parent / "whole", interrupted.out))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_seed_decides(colours: Path) -> None:
+    first, again, other = (
+        without_times(train(config(colours, out, seed=seed))) for out, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_average_is_tested_but_does_not_change_the_training(colours: Path) -> None:
+    plain, averaged = train(config(colours, "a", ema=0)), train(config(colours, "b", ema=0.999))
+    assert [r.train_loss for r in plain] == [r.train_loss for r in averaged]
+    assert plain[-1].test_loss != averaged[-1].test_loss
+
+
+def test_a_registered_model_with_drop_path_and_autocast(colours: Path) -> None:
+    kwargs = {"dims": (4, 8, 8, 8), "depths": (1, 1, 1, 0)}
+    run = config(colours, "run", model="convnext_atto", model_kwargs=kwargs, drop_path=0.1, amp=True, image_size=32)
+    steps: list[tuple[int, int]] = []
+    train(run, on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert load_file(Path(run.out) / "model.safetensors")["stages.0.blocks.0.conv_dw.weight"].shape == (4, 1, 7, 7)
+
+
+def test_command_line_and_configuration_have_the_same_options() -> None:
+    options = signature(command).parameters
+    assert set(options) == {option.name for option in fields(TrainConfig)}
+    defaults = TrainConfig(model="", data="", out="")
+    assert {n: p.default for n, p in options.items() if n not in ("model", "data", "out", "model_kwargs")} == {
+        n: v for n, v in asdict(defaults).items() if n not in ("model", "data", "out", "model_kwargs")
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lr=st.floats(1e-6, 1.0),
+    randaug=st.sampled_from(["", "rand-m5-n2"]),
+    amp=st.booleans(),
+    channels_last=st.booleans(),
+    kwargs=st.dictionaries(st.sampled_from(["dims", "name"]), st.sampled_from([(1, 2), "a b", 0.5, None, True])),
+)
+def test_recorded_command_repeats_the_recipe(lr: float, **options: Any) -> None:
+    config = TrainConfig(model="m", data="set", out="OUT", lr=lr, model_kwargs=options.pop("kwargs"), **options)
+    captured: list[TrainConfig] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mkf.train.train", lambda config, *_: captured.append(config))
+        result = CliRunner().invoke(app, shlex.split(config.command())[1:])
+    assert result.exit_code == 0, result.stderr
+    assert captured == [config]
+
+
+def test_finished_run_is_kept(colours: Path, tmp_path: Path) -> None:
+    assert cli(colours, tmp_path / "run")[0] == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    code, _, stderr = cli(colours, tmp_path / "run")
+    assert code == 1
+    assert "holds a finished run" in stderr
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_other_options(colours: Path) -> None:
+    def stop(record: EpochRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(colours, "run"), on_epoch=stop)
+    with pytest.raises(ValueError, match=r"interrupted run with other options \(lr: 0.002, now 0.1\)"):
+        train(config(colours, "run", lr=0.1))
+    (colours.parent / "run" / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is not a checkpoint of an interrupted run"):
+        train(config(colours, "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "no data folder nowhere"),
+        (["--model", "convnext_ato"], "timm has no model 'convnext_ato'; did you mean convnext_atto"),
+        (["--model", "ConvMixr"], "did you mean ConvMixer"),
+        (["--model", "zzzzzzzzzzz"], "timm has no model 'zzzzzzzzzzz'"),
+        (["--model-kwargs", "width=3"], "ConvMixer does not work with"),
+        (["--image-size", "2"], "and 2x2 images"),
+        (["--model-kwargs", "dim"], "--model-kwargs takes KEY=VALUE, not 'dim'"),
+        (["--batch-size", "26"], "24 training images are fewer than one batch of 26"),
+        (["--batch-size", "3"], "batch_size must be even"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--warmup-epochs", "1"], "warmup_epochs must be fewer than epochs"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+        (["--ema", "1"], r"ema must be in [0, 1)"),
+        (["--erasing", "1.5"], r"erasing must be in [0, 1]"),
+        (["--min-crop", "0"], r"min_crop must be in (0, 1]"),
+        (["--randaug", "nonsense"], "randaug 'nonsense' is not timm's notation"),
+        (["--device", "quantum"], "device 'quantum' cannot be used"),
+        (["--lr", "1e30", "--ema", "0"], "try a lower learning rate"),
+    ],
+)
+def test_user_errors(colours: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    code, _, stderr = cli(colours, tmp_path / "run", *words)
+    assert code == 1
+    assert message in stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_unwritable_out(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, stderr = cli(colours, tmp_path / "file")
+    assert code == 1
+    assert "file" in stderr
