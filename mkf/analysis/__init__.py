@@ -1,0 +1,5 @@
+"""What a bank holds: statistics of its filters under the keys, as numbers, tables and figures."""
+
+from mkf.analysis.statistics import Analysis, LayerStatistics, ModelStatistics, Tally, analyse
+
+__all__ = ["Analysis", "LayerStatistics", "ModelStatistics", "Tally", "analyse"]

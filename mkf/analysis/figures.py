@@ -1,0 +1,252 @@
+"""Figures of keys and of the filters that are linear shifts of them, drawn with matplotlib (the extra `report`).
+
+Every function returns a `matplotlib.figure.Figure`; `save` writes it as PNG, SVG or PDF. Filters are drawn centred,
+with L2 norm 1 and the sign of their scale undone, so that a filter looks like its key; red is positive, blue negative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from mkf.analysis.statistics import key_labels
+from mkf.ops.affine_fit import affine_fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mkf.analysis.statistics import Analysis, ModelStatistics
+    from mkf.keys import KeySet
+
+Array = np.ndarray[Any, np.dtype[Any]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+
+_COLOURS = ("#1f4e79", "#2a9d8f", "#6aaed6", "#94d2bd", "#d1495b", "#f4a261", "#7d5ba6", "#c9c9c9")
+"""One colour per published key: blue and green the first differences along y and x, warm the two derivatives."""
+
+_LIMIT = 0.6
+"""Colours saturate at this tap value of a centred filter of norm 1, so that flat filters keep their shape visible."""
+
+
+def _drawn(function: Callable[P, R]) -> Callable[P, R]:
+    """Draw in the house's style, and say how to install matplotlib where it is missing."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise ImportError("figures need matplotlib: pip install 'mkf[report]'") from error
+        with matplotlib.rc_context(_STYLE):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_drawn
+def keys_row(keys: KeySet) -> Figure:
+    """The keys side by side, eight to a row, each under its number and over its kind or name.
+
+    Args:
+        keys: K keys of k x k.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    columns = min(len(keys), 8)
+    rows = -(-len(keys) // columns)
+    figure = _figure(0.95 * columns, 1.45 * rows)
+    for panel, (key, name) in enumerate(zip(keys.centred().numpy(), key_labels(keys), strict=True)):
+        axes = figure.add_subplot(rows, columns, panel + 1)
+        _image(axes, key)
+        axes.set_title(str(panel + 1), fontweight="bold", pad=3)
+        axes.set_xlabel(fill(name, 14), fontsize=6.5, labelpad=3)
+    return figure
+
+
+@_drawn
+def atlas(filters: torch.Tensor, keys: KeySet, *, columns: int = 10) -> Figure:
+    """Each key in a row with filters that are linear shifts of it, from well fitted to badly fitted.
+
+    The filters shown stand at equally spaced quantiles of the residual among the key's filters, so a row is a fair
+    picture, not a choice of the best. The residual is printed under each.
+
+    Args:
+        filters: Filters to choose from, float (N, k, k); constant and non-finite ones are not drawn.
+        keys: K keys of k x k.
+        columns: How many filters to a key, at most.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    filters = filters.detach().cpu()
+    fit = affine_fit(filters, keys)
+    index, scale, residual = fit.index.numpy(), fit.scale.numpy(), fit.residual.numpy()
+    figure = _figure(1.3 + 0.6 * (columns + 1), 0.76 * len(keys) + 0.25)
+    widths = [1.7, 1, 0.15, *([1] * columns)]
+    grid = figure.add_gridspec(len(keys), len(widths), width_ratios=widths)
+    for row, (key, name) in enumerate(zip(keys.centred().numpy(), key_labels(keys), strict=True)):
+        label = figure.add_subplot(grid[row, 0])
+        label.axis("off")
+        label.text(0.0, 0.5, str(row + 1), fontsize=11, fontweight="bold", va="center")
+        label.text(0.2, 0.5, fill(name, 14), fontsize=7, va="center", linespacing=1.2)
+        key_axes = figure.add_subplot(grid[row, 1])
+        _image(key_axes, key)
+        if row == 0:
+            key_axes.set_title("key", loc="left", pad=4)
+        of_key = np.flatnonzero((index == row) & (scale != 0))
+        of_key = of_key[np.argsort(residual[of_key], kind="stable")]
+        shown = min(columns, len(of_key))
+        ranks = (np.arange(shown) + 0.5) / max(shown, 1) * len(of_key)
+        for column, number in enumerate(of_key[ranks.astype(int)]):
+            axes = figure.add_subplot(grid[row, column + 3])
+            _image(axes, _as_key(filters[number].double().numpy(), float(scale[number])))
+            axes.set_xlabel(f"{residual[number]:.2f}".removeprefix("0"), fontsize=6.5, labelpad=1.5)
+            if row == column == 0:
+                heading = axes.annotate(
+                    "filters, from well to badly fitted; below each its residual",
+                    xy=(0, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
+                )  # fmt: skip
+                heading.set_in_layout(False)  # it reaches over the panels to its right
+    return figure
+
+
+@_drawn
+def shares_over_depth(analysis: Analysis) -> Figure:
+    """For each model the share of every key in each layer, over normalised depth, stacked in the order of the keys.
+
+    Args:
+        analysis: What `analyse` returned, with at least one live filter. Layers without one leave a gap.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    models = [model for model in analysis.models if model.tally.live]
+    columns = min(len(models), 3)
+    rows = -(-len(models) // columns)
+    figure = _figure(max(4.2, 2.55 * columns), 1.6 * rows + 0.7)
+    colours = _colours(len(analysis.keys))
+    for panel, model in enumerate(models):
+        axes = figure.add_subplot(rows, columns, panel + 1)
+        _stack(axes, model, colours)
+        axes.set_title(model.model, loc="left", pad=3)
+        if panel % columns == 0:
+            axes.set_ylabel("share of filters, %")
+        else:
+            axes.set_yticklabels([])
+        if panel + columns >= len(models):
+            axes.set_xlabel("normalised depth")
+        else:
+            axes.set_xticklabels([])
+    if len(analysis.keys) <= len(_COLOURS):
+        _legend(figure, analysis.keys, colours, columns=4 if columns == 3 else 2)
+    return figure
+
+
+@_drawn
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure; the suffix of the path names the format: `.png` (200 dpi), `.svg` or `.pdf`.
+
+    Args:
+        figure: What a function of this module returned.
+        path: The file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: matplotlib knows no format of that suffix.
+        OSError: The file cannot be written.
+    """
+    figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.04, facecolor="white")
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure in inches. Without pyplot: no window, no global state, nothing to close."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _image(axes: Axes, filter_: Array) -> None:
+    """A k x k filter as an image, with the same colours in every panel."""
+    axes.imshow(filter_, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(linewidth=0.4, color="0.6")
+
+
+def _as_key(filter_: Array, scale: float) -> Array:
+    """The filter centred, with norm 1 and the sign of its scale undone."""
+    centred = filter_ - filter_.mean()
+    shown: Array = np.sign(scale) * centred / np.linalg.norm(centred)
+    return shown
+
+
+def _stack(axes: Axes, model: ModelStatistics, colours: list[Any]) -> None:
+    """Stacked bars, one per layer, as wide as the smallest distance between two layers."""
+    layers = [layer for layer in model.layers if layer.tally.live]
+    depth = np.array([layer.normalised_depth for layer in layers])
+    gaps = np.diff(np.unique(depth))
+    width = float(gaps.min()) if len(gaps) else 0.2
+    # Filled steps, broken by NaN after each layer: one artist per key, since a bar each makes large banks slow to draw.
+    x = np.stack([depth - width / 2, depth + width / 2, np.full_like(depth, np.nan)], axis=1).ravel()
+    edges = 100 * np.cumsum([[0, *layer.tally.shares] for layer in layers], axis=1)
+    for key, colour in enumerate(colours):
+        bottom, top = np.repeat(edges[:, key : key + 2], 3, axis=0).T
+        axes.fill_between(x, bottom, top, color=colour, linewidth=0.3, edgecolor="white")
+    axes.set(xlim=(-width / 2, 1 + width / 2), ylim=(0, 100), xticks=[0, 0.5, 1], yticks=[0, 50, 100])
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colours(number: int) -> list[Any]:
+    """A colour for each key: the palette while it lasts, otherwise evenly from a colour map."""
+    if number <= len(_COLOURS):
+        return list(_COLOURS[:number])
+    import matplotlib
+
+    return list(matplotlib.colormaps["turbo"](np.linspace(0, 1, number)))
+
+
+def _legend(figure: Figure, keys: KeySet, colours: list[Any], columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=colour, label=f"{number} {name}")
+        for number, (name, colour) in enumerate(zip(key_labels(keys), colours, strict=True), 1)
+    ]
+
+    figure.legend(loc="outside lower center", handles=handles, ncols=columns, frameon=False, fontsize=7, handlelength=1)

@@ -1,0 +1,204 @@
+"""An analysis for people and programs: tables for a terminal, JSON, CSV and figures in a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mkf.analysis.statistics import QUANTILES, Analysis, Tally, key_labels
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_KEY_COLUMNS = 8
+"""With more keys than this a table names the most frequent ones instead of giving each a column."""
+
+_NAMED = 5
+"""How many non-finite filters the notes name; the JSON file names all."""
+
+_QUARTILES = [QUANTILES.index(level) for level in (0.25, 0.5, 0.75)]
+
+
+def model_table(analysis: Analysis) -> Table:
+    """One row per model: filters, layers, dead ones, each key's share in per cent, mean |correlation|, residuals."""
+    table = _table("Share of each key, % of live filters")
+    _columns(table, analysis, before=("model", "filters", "layers", "dead"), after=("|corr|", "resid", "random"))
+
+    def row(name: str, layers: int, tally: Tally) -> None:
+        counted = (str(tally.filters), str(layers), str(tally.dead))
+        _, median, _, control = _residuals(tally)
+        table.add_row(name, *counted, *_shares(tally), _decimal(tally.mean_correlation), median, control)
+
+    for model in analysis.models:
+        row(model.model, len(model.layers), model.tally)
+    if len(analysis.models) > 1:
+        table.add_section()
+        row("all", sum(len(model.layers) for model in analysis.models), analysis.tally)
+    return table
+
+
+def layer_tables(analysis: Analysis) -> list[Table]:
+    """For each model one row per layer: how many filters go to each key, and residuals."""
+    tables = []
+    for model in analysis.models:
+        table = _table(f"{model.model}: filters of each key")
+        _columns(table, analysis, before=("layer", "filters", "dead"), after=("25%", "50%", "75%", "random"))
+        for layer in model.layers:
+            tally = layer.tally
+            table.add_row(layer.layer, str(tally.filters), str(tally.dead), *_counts(tally), *_residuals(tally))
+        tables.append(table)
+    return tables
+
+
+def notes(analysis: Analysis) -> list[str]:
+    """Sentences that belong under the tables: which keys, what was left out or broken, and how to read the figures."""
+    keys, size = analysis.keys, f"{analysis.keys.kernel_size}x{analysis.keys.kernel_size}"
+    models, layers = len(analysis.models), sum(len(model.layers) for model in analysis.models)
+    counted = f"{_plural(analysis.tally.filters, 'filter')} of {size}"
+    lines = [f"{counted} in {_plural(layers, 'layer')} of {_plural(models, 'model')}."]
+    lines.append(f"Keys: {keys.provenance or len(keys)}.")
+    if len(keys) <= _KEY_COLUMNS:
+        lines.append("; ".join(f"{number} {name}" for number, name in enumerate(key_labels(keys), 1)) + ".")
+    for k, number in analysis.left_out.items():
+        lines.append(f"Left out: {_plural(number, 'filter')} of {k}x{k}, because the keys are {size}.")
+    if broken := analysis.non_finite:
+        named = "; ".join(f"{model} {layer} channel {channel}" for model, layer, channel in broken[:_NAMED])
+        more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        lines.append(f"Not finite, counted under no key: {_plural(len(broken), 'filter')} ({named}{more}).")
+    lines.append(
+        "Every filter is counted under the key of largest |correlation|, whose mean is |corr|; resid is the median "
+        "(25%, 50%, 75%: quartiles) of the part of a filter's norm that scale * key + shift leaves over, 0 for a "
+        "linear shift of the key and 1 for nothing in common; random is its median with "
+        f"{_plural(len(analysis.control), 'random key')}; white-noise filters reach a |corr| of "
+        f"{_decimal(analysis.noise_correlation)} with these keys by chance."
+    )
+    return lines
+
+
+def write(analysis: Analysis, out: Path) -> list[Path]:
+    """Write `analysis.json`, `models.csv` and `layers.csv` into a folder, which is made if need be.
+
+    Args:
+        analysis: What `analyse` returned.
+        out: The folder.
+
+    Returns:
+        The files written. `Analysis.to_dict` documents the JSON; the CSV files hold the same numbers, one row per model
+        and per layer, with empty cells where there is nothing to measure.
+
+    Raises:
+        OSError: The folder cannot be made or written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    document = analysis.to_dict()
+    path = out / "analysis.json"
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    models = [{"model": model["model"], **_flat(model)} for model in document["models"]]
+    layers = [
+        {
+            "model": model["model"],
+            **{name: layer[name] for name in ("layer", "depth", "normalised_depth")},
+            **_flat(layer),
+        }
+        for model in document["models"]
+        for layer in model["layers"]
+    ]
+    return [path, _write_csv(out / "models.csv", models), _write_csv(out / "layers.csv", layers)]
+
+
+def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[Path]:
+    """Draw the keys, the atlas of filters and the share of keys over depth into a folder.
+
+    Args:
+        analysis: What `analyse` returned.
+        out: The folder, which exists.
+        suffix: `.png`, `.svg` or `.pdf`.
+
+    Returns:
+        The files written: `keys`, `atlas` and `depth`; no `atlas` and `depth` where no filter is live.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+        OSError: The folder cannot be written.
+    """
+    from mkf.analysis import figures
+
+    drawings = {"keys": figures.keys_row(analysis.keys)}
+    if analysis.tally.live:
+        drawings["atlas"] = figures.atlas(analysis.sample, analysis.keys)
+        drawings["depth"] = figures.shares_over_depth(analysis)
+    return [figures.save(figure, out / f"{name}{suffix}") for name, figure in drawings.items()]
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+
+
+def _columns(table: Table, analysis: Analysis, before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    """A column of names, which may fold, then columns of numbers: the keys' stand between `before` and `after`."""
+    table.add_column(before[0], overflow="fold", min_width=10)
+    keys = [str(number + 1) for number in range(len(analysis.keys))]
+    for heading in (*before[1:], *(keys if len(keys) <= _KEY_COLUMNS else ["most frequent"]), *after):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=2)
+
+
+def _residuals(tally: Tally) -> list[str]:
+    """The quartiles of the residual, and its median with random keys."""
+    quartiles = tally.residual_quantiles[_QUARTILES]
+    return [*map(_decimal, quartiles), _decimal(tally.control_quantiles[QUANTILES.index(0.5)])]
+
+
+def _shares(tally: Tally) -> list[str]:
+    """A cell for each key, or one cell that names the most frequent."""
+    if len(tally.counts) <= _KEY_COLUMNS:
+        return [_percent(share) for share in tally.shares]
+    return [" ".join(f"{key + 1}:{_percent(tally.shares[key])}" for key in _most_frequent(tally))]
+
+
+def _counts(tally: Tally) -> list[str]:
+    if len(tally.counts) <= _KEY_COLUMNS:
+        return [str(count) for count in tally.counts]
+    return [" ".join(f"{key + 1}:{tally.counts[key]}" for key in _most_frequent(tally))]
+
+
+def _most_frequent(tally: Tally) -> list[int]:
+    order = (-tally.counts).argsort(kind="stable")[:4]
+    return [int(key) for key in order if tally.counts[key]]
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f}"
+
+
+def _decimal(value: float) -> str:
+    """Two decimals without the leading zero, as correlations are printed."""
+    return "-" if math.isnan(value) else f"{value:.2f}".removeprefix("0")
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """A tally's dictionary with one CSV column per key and per quantile."""
+    flat = {name: entry[name] for name in ("filters", "dead", "non_finite")}
+    flat |= {f"key_{number}": count for number, count in enumerate(entry["counts"], 1)}
+    flat |= {name: entry[name] for name in ("positive_share", "mean_correlation")}
+    for name in ("residual", "control_residual"):
+        for level, value in zip(QUANTILES, entry[f"{name}_quantiles"], strict=True):
+            flat[f"{name}_q{round(100 * level):02d}"] = value
+    return flat
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

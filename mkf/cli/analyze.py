@@ -1,0 +1,120 @@
+"""`mkf analyze`: which keys the filters of trained networks are, as tables, JSON and figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mkf.cli._errors import user_errors
+
+if TYPE_CHECKING:
+    from mkf.bank import FilterBank
+
+_PIPED_WIDTH = 120
+_CHECKPOINTS = (".safetensors", ".pth", ".pt")
+
+
+def command(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TIMM_NAME|CHECKPOINT|BANK_DIR",
+            help="Where the filters come from, any number and mix; without any, the embedded bank.",
+            show_default=False,
+        ),
+    ] = None,
+    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write analysis.json, models.csv, layers.csv and figures into this folder."
+        ),
+    ] = None,
+    layers: Annotated[bool, typer.Option(help="Print a table of each model's layers too.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")] = True,
+) -> None:
+    """Tell, per model and layer, how many filters go to each key and how well they fit, beside random keys.
+
+    A source is the first of these that it can be:
+    - the word "embedded": the bank that comes with mkf,
+    - a folder: a saved bank,
+    - a file, or any .safetensors, .pth or .pt: a checkpoint,
+    - a name without a slash: a model of timm.
+    """
+    with user_errors():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        from mkf.analysis import analyse, report
+        from mkf.bank import FilterBank
+        from mkf.keys import parse
+
+        if out is not None and out.exists() and not out.is_dir():
+            raise NotADirectoryError(f"{out} is not a folder: --out names the folder to write into")
+        key_set = parse(keys)
+        bars = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        stderr = Console(stderr=True)
+        with Progress(*bars, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            names = list(dict.fromkeys(sources or ["embedded"]))
+            reading = progress.add_task("reading sources", total=len(names))
+            banks: dict[str, FilterBank] = {}
+            for name in names:
+                progress.update(reading, description=f"reading {name}")
+                banks[name] = _read(name, pretrained=pretrained)
+                progress.advance(reading)
+            _check_distinct(banks, key_set.kernel_size)
+            fitting = progress.add_task("fitting filters", total=None)
+            analysis = analyse(
+                FilterBank.concat(banks.values()),
+                key_set,
+                progress=lambda done, total: progress.update(fitting, completed=done, total=total),
+            )
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+        if layers:
+            for table in report.layer_tables(analysis):
+                console.print(table, "")
+        console.print(report.model_table(analysis), "")
+        for line in report.notes(analysis):
+            console.print(line, soft_wrap=not console.is_terminal)
+        if out is not None:
+            written = report.write(analysis, out)
+            try:
+                written += report.write_figures(analysis, out)
+            except ImportError as error:
+                typer.secho(f"no figures: {error}", fg=typer.colors.YELLOW, err=True)
+            console.print(f"Written to {out}: " + ", ".join(path.name for path in written), soft_wrap=True)
+
+
+def _check_distinct(banks: dict[str, FilterBank], k: int) -> None:
+    """Refuse sources whose k x k filters belong to models of one name: they would be added up as a single model."""
+    sources: dict[str, str] = {}
+    for source, bank in banks.items():
+        for model in bank.select(k=k).models:
+            if other := sources.get(model):
+                raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
+            sources[model] = source
+
+
+def _read(source: str, *, pretrained: bool) -> FilterBank:
+    """The bank that a command-line word names; `command` documents the rule."""
+    from mkf.bank import FilterBank
+
+    path = Path(source)
+    if source == "embedded":
+        return FilterBank.embedded()
+    if path.is_dir():
+        return FilterBank.open(path)
+    if path.is_file() or path.suffix in _CHECKPOINTS:
+        return FilterBank.from_checkpoint(path)
+    if "/" in source and ":" not in source:
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    return FilterBank.from_timm([source], pretrained=pretrained)

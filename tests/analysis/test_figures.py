@@ -1,0 +1,84 @@
+"""What the figures show: the right filters, with the right sign, in the right order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mkf
+from mkf.analysis import analyse, figures
+
+from .banks import bank_of, noise, shifted
+
+KEYS = mkf.keys.paper8()
+
+
+def images(figure) -> list[np.ndarray]:
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def residuals(figure) -> list[float]:
+    return [float(axes.get_xlabel()) for axes in figure.axes if axes.images and axes.get_xlabel()]
+
+
+def test_keys_row() -> None:
+    figure = figures.keys_row(KEYS)
+    assert np.array_equal(images(figure), KEYS.centred().numpy())
+    assert [axes.get_title() for axes in figure.axes] == [str(number) for number in range(1, 9)]
+    assert figure.axes[7].get_xlabel() == "Gaussian"
+
+
+def test_keys_without_kinds_show_their_names() -> None:
+    assert figures.keys_row(mkf.KeySet(noise(2, 5, 5), names=["left", "right"])).axes[1].get_xlabel() == "right"
+
+
+def test_atlas_undoes_scale_and_shift() -> None:
+    filters = torch.cat([shifted(KEYS, [5, 5], -7.0, 2.0), torch.zeros(1, 7, 7), torch.full((1, 7, 7), torch.nan)])
+    drawn = images(figures.atlas(filters, KEYS))
+    assert len(drawn) == 8 + 2  # every key, and the two filters that are alive
+    sixth = KEYS.centred()[5].numpy()
+    assert sum(np.allclose(image, sixth, atol=1e-5) for image in drawn) == 3
+
+
+def test_atlas_goes_from_well_to_badly_fitted() -> None:
+    key = mkf.KeySet(KEYS.filters[7:])
+    filters = shifted(key, [0] * 200) + torch.linspace(0, 0.3, 200)[:, None, None] * noise(200, 7, 7)
+    shown = residuals(figures.atlas(filters, key, columns=6))
+    assert len(shown) == 6
+    assert shown == sorted(shown)
+    every = mkf.affine_fit(filters, key).residual.numpy()
+    assert shown == pytest.approx(np.quantile(every, (np.arange(6) + 0.5) / 6), abs=0.02)
+
+
+def test_shares_over_depth_are_stacked_to_one_hundred() -> None:
+    analysis = analyse(bank_of(noise(20, 7, 7), torch.zeros(3, 7, 7), noise(9, 7, 7, seed=1)), KEYS)
+    [axes] = figures.shares_over_depth(analysis).axes
+    assert len(axes.collections) == 8
+    tops = np.zeros(2)
+    for key, collection in enumerate(axes.collections):
+        boxes = [path.get_extents() for path in collection.get_paths()]
+        assert [(box.x0 + box.x1) / 2 for box in boxes] == pytest.approx([0, 1])  # the layer of zeros has no bar
+        assert [box.y0 for box in boxes] == pytest.approx(tops)
+        tops = np.array([box.y1 for box in boxes])
+        shares = [layer.tally.shares[key] for layer in analysis.models[0].layers if layer.tally.live]
+        assert [box.height for box in boxes] == pytest.approx([100 * share for share in shares])
+    assert tops == pytest.approx([100, 100])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    assert figures.save(figures.keys_row(KEYS), tmp_path / f"keys{suffix}").stat().st_size > 1000
+
+
+def test_an_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        figures.save(figures.keys_row(KEYS), tmp_path / "keys.docx")
+
+
+def test_no_global_state() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.keys_row(KEYS)
+    assert dict(matplotlib.rcParams) == before

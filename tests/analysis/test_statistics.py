@@ -1,0 +1,205 @@
+"""The statistics against independent float64 counts, on filters whose answer is known, and on real ones."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mkf
+from mkf.analysis import analyse, statistics
+from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally, histogram_quantiles
+from mkf.bank import FilterBank
+
+from .banks import bank_of, noise, shifted
+
+KEYS = mkf.keys.paper8()
+
+
+def fit_float64(filters: torch.Tensor, keys: mkf.KeySet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index, sign of the scale and |correlation| of the best key, written from the definition."""
+    f = filters.double().flatten(1).numpy()
+    x = keys.filters.double().flatten(1).numpy()
+    f, x = f - f.mean(1, keepdims=True), x - x.mean(1, keepdims=True)
+    correlation = (f / np.linalg.norm(f, axis=1, keepdims=True)) @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+    index = abs(correlation).argmax(1)
+    best = np.take_along_axis(correlation, index[:, None], 1)[:, 0]
+    return index, np.sign(best), abs(best)
+
+
+def test_against_float64() -> None:
+    first, second = noise(150, 7, 7), noise(80, 7, 7, seed=1) + 3 * shifted(KEYS, [i % 8 for i in range(80)])
+    analysis = analyse(bank_of(first, second), KEYS)
+    assert [layer.layer for layer in analysis.models[0].layers] == ["0", "1"]
+    for filters, layer in zip((first, second), analysis.models[0].layers, strict=True):
+        index, sign, correlation = fit_float64(filters, KEYS)
+        tally = layer.tally
+        assert tally.filters == tally.live == len(filters)
+        assert tally.counts.tolist() == np.bincount(index, minlength=8).tolist()
+        assert tally.positive.tolist() == np.bincount(index[sign > 0], minlength=8).tolist()
+        assert tally.mean_correlation == pytest.approx(correlation.mean(), abs=1e-6)
+        residual = np.sqrt(1 - correlation**2)
+        assert tally.residual_quantiles == pytest.approx(np.quantile(residual, QUANTILES), abs=0.501 / RESIDUAL_BINS)
+        control = np.sqrt(1 - fit_float64(filters, analysis.control)[2] ** 2)
+        assert tally.control_quantiles == pytest.approx(np.quantile(control, QUANTILES), abs=0.501 / RESIDUAL_BINS)
+
+
+def test_exact_shifts_go_to_their_key() -> None:
+    filters = torch.cat([shifted(KEYS, [0, 0, 3], -2.0, 5.0), shifted(KEYS, [7], 1e-3)])
+    tally = analyse(bank_of(filters), KEYS).tally
+    assert tally.counts.tolist() == [2, 0, 0, 1, 0, 0, 0, 1]
+    assert tally.positive.tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert tally.positive_share == 0.25
+    assert tally.shares.tolist() == [0.5, 0, 0, 0.25, 0, 0, 0, 0.25]
+    assert tally.mean_correlation == pytest.approx(1)
+    assert tally.residual_quantiles.max() < 1 / RESIDUAL_BINS
+    assert tally.control_quantiles.min() > 0.5
+
+
+def test_dead_and_non_finite_filters_are_counted_apart_and_named() -> None:
+    clean = noise(6, 7, 7)
+    dirty = clean.clone()
+    dirty[1], dirty[2] = 0, -3.5
+    dirty[3, 2, 2], dirty[5, 0, 0] = math.nan, math.inf
+    analysis = analyse(bank_of(clean, dirty), KEYS)
+    whole, broken = (layer.tally for layer in analysis.models[0].layers)
+    assert (broken.filters, broken.live, broken.dead, broken.non_finite) == (6, 2, 2, 2)
+    assert broken.counts.sum() == broken.residuals.sum() == broken.control_residuals.sum() == 2
+    alone = analyse(bank_of(clean[[0, 4]]), KEYS).tally
+    assert broken.counts.tolist() == alone.counts.tolist()
+    assert broken.mean_correlation == alone.mean_correlation
+    assert (whole.dead, whole.non_finite) == (0, 0)
+    model = analysis.models[0].model
+    assert analysis.non_finite == [(model, "1", 3), (model, "1", 5)]
+    assert len(analysis.sample) == 8
+    assert analysis.sample.isfinite().all()
+
+
+def test_a_bank_without_a_live_filter_has_null_statistics() -> None:
+    analysis = analyse(bank_of(torch.zeros(4, 7, 7)), KEYS)
+    assert analysis.tally.dead == 4
+    assert np.isnan(analysis.tally.shares).all()
+    total = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))["total"]
+    assert total["shares"] == [None] * 8
+    assert total["residual_quantiles"] == [None] * 5
+    assert total["mean_correlation"] is total["positive_share"] is None
+    assert total["counts"] == [0] * 8
+
+
+def test_other_kernel_sizes_are_left_out_with_their_number() -> None:
+    bank = bank_of(noise(5, 7, 7), noise(4, 5, 5), noise(3, 3, 3), noise(2, 7, 7))
+    analysis = analyse(bank, KEYS)
+    assert analysis.left_out == {3: 3, 5: 4}
+    assert [(layer.layer, layer.depth) for layer in analysis.models[0].layers] == [("0", 0), ("3", 3)]
+    assert analysis.tally.filters == 7
+
+
+@pytest.mark.parametrize("k", [3, 5, 11])
+def test_keys_of_any_size(k: int) -> None:
+    keys = mkf.keys.random(k, 3, seed=1)
+    analysis = analyse(bank_of(shifted(keys, [2, 2, 0], -1.0, 0.5)), keys)
+    assert analysis.tally.counts.tolist() == [1, 0, 2]
+    assert (analysis.control.kernel_size, len(analysis.control)) == (k, 3)
+
+
+def test_no_filter_of_the_keys_size() -> None:
+    with pytest.raises(ValueError, match=r"keys are 7x7 but the bank holds only other sizes \(3 of 3x3, 4 of 5x5\)"):
+        analyse(bank_of(noise(4, 5, 5), noise(3, 3, 3)), KEYS)
+
+
+def test_an_empty_bank() -> None:
+    with pytest.raises(ValueError, match="bank is empty"):
+        analyse(bank_of(noise(4, 7, 7)).select(model="no such model"), KEYS)
+
+
+def test_a_control_of_another_size() -> None:
+    with pytest.raises(ValueError, match="control keys are 5x5 but the keys are 7x7"):
+        analyse(bank_of(noise(4, 7, 7)), KEYS, control=mkf.keys.random(5, 8, seed=0))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_batches_change_nothing(on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(noise(700, 7, 7), noise(33, 7, 7, seed=2))
+    whole = analyse(bank, KEYS)
+    if on_disk:
+        bank.save(tmp_path / "bank")
+        bank = FilterBank.open(tmp_path / "bank")
+    monkeypatch.setattr(statistics, "_BATCH_ROWS", 100)
+    seen: list[tuple[int, int]] = []
+    batched = analyse(bank, KEYS, progress=lambda done, total: seen.append((done, total)))
+    assert len(seen) >= 8
+    assert seen[-1] == (733, 733)
+    assert all(done <= total == 733 for done, total in seen)
+    one, other = whole.to_dict(), batched.to_dict()
+    assert one["total"].pop("mean_correlation") == pytest.approx(other["total"].pop("mean_correlation"), rel=1e-12)
+    assert one["total"] == other["total"]
+    assert torch.equal(whole.sample, batched.sample)
+
+
+def test_the_sample_is_bounded_and_holds_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_SAMPLE_PER_KEY", 5)
+    bank = bank_of(noise(400, 7, 7))
+    analysis = analyse(bank, KEYS)
+    index = fit_float64(analysis.sample, KEYS)[0]
+    assert np.bincount(index, minlength=8).tolist() == np.minimum(analysis.tally.counts, 5).tolist()
+
+
+def test_models_are_summed() -> None:
+    one, other = bank_of(noise(5, 7, 7)), bank_of(noise(7, 7, 7, seed=1), noise(2, 7, 7, seed=2))
+    parts = [analyse(bank, KEYS).tally for bank in (one, other)]
+    total = parts[0] + parts[1]
+    assert total.filters == 14
+    assert total.counts.tolist() == (parts[0].counts + parts[1].counts).tolist()
+    weighted = (parts[0].mean_correlation * 5 + parts[1].mean_correlation * 9) / 14
+    assert total.mean_correlation == pytest.approx(weighted)
+    empty = Tally.empty(8)
+    assert (total + empty).to_dict() == total.to_dict()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60))
+def test_histogram_quantiles_are_numpys_to_half_a_bin(values: list[float]) -> None:
+    histogram = np.bincount(np.minimum((np.array(values) * 64).astype(int), 63), minlength=64)
+    assert histogram_quantiles(histogram) == pytest.approx(np.quantile(values, QUANTILES), abs=0.5 / 64 + 1e-9)
+
+
+def test_white_noise() -> None:
+    assert statistics.noise_correlation(KEYS) == pytest.approx(0.24, abs=0.005)
+    # Filters of noise are no better off with the published keys than with random ones.
+    tally = analyse(bank_of(noise(1000, 7, 7, seed=3)), KEYS).tally
+    assert tally.mean_correlation == pytest.approx(0.24, abs=0.01)
+    assert tally.residual_quantiles[2] == pytest.approx(tally.control_quantiles[2], abs=0.02)
+
+
+def test_the_json_document_is_finite_and_complete() -> None:
+    bad = noise(3, 7, 7)
+    bad[0, 0, 0] = math.nan
+    document = analyse(bank_of(bad, torch.zeros(2, 7, 7)), KEYS).to_dict()
+    json.dumps(document, allow_nan=False)
+    assert document["schema"] == "mkf.analysis/1"
+    assert np.shape(document["keys"]["filters"]) == (8, 7, 7)
+    model = document["models"][0]
+    assert [layer["non_finite_channels"] for layer in model["layers"]] == [[0], []]
+    assert [layer["normalised_depth"] for layer in model["layers"]] == [0, 1]
+    assert document["total"]["filters"] == sum(layer["filters"] for layer in model["layers"]) == 5
+    assert document["quantiles"] == list(QUANTILES)
+
+
+def test_real_filters(data_dir: Path) -> None:
+    analysis = analyse(FilterBank.from_checkpoint(data_dir / "filters" / "trained_k7.safetensors"), KEYS)
+    assert analysis.tally.filters == 2157
+    assert sum(len(model.layers) for model in analysis.models) == 17
+    assert analysis.tally.live == 2151
+    assert analysis.tally.mean_correlation == pytest.approx(0.6352, abs=1e-4)
+    assert all(0.61 < model.tally.mean_correlation < 0.725 for model in analysis.models)
+    assert analysis.tally.residual_quantiles[2] < analysis.tally.control_quantiles[2] - 0.1
+
+
+def test_a_real_training_checkpoint(data_dir: Path) -> None:
+    analysis = analyse(FilterBank.from_checkpoint(data_dir / "filters" / "team38_rfdnext.pth"), KEYS)
+    assert [len(analysis.models[0].layers), analysis.tally.filters] == [4, 200]
+    assert analysis.tally.mean_correlation == pytest.approx(0.7189, abs=1e-4)
