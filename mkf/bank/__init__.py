@@ -1,0 +1,31 @@
+"""Filter banks: the depthwise filters of networks, each with where it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkf.bank.checkpoint import SUFFIXES
+from mkf.bank.filter_bank import FilterBank
+from mkf.bank.schema import Layer
+
+__all__ = ["FilterBank", "Layer", "load"]
+
+
+def load(source: str, pretrained: bool = True) -> FilterBank:
+    """Get a bank from one word, as the command line takes it: a saved bank's folder, a checkpoint file or timm's name.
+
+    What exists as a path is read; any other word is a name, unless it looks like a path.
+
+    Raises:
+        FileNotFoundError: The word looks like a path, by a slash or a checkpoint's suffix, and nothing is there.
+        ValueError: See `FilterBank.open`, `from_checkpoint` and `from_timm`.
+        OSError: See `FilterBank.from_timm`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return FilterBank.open(path)
+    if path.is_file():
+        return FilterBank.from_checkpoint(path)
+    if source.endswith(SUFFIXES) or ("/" in source and ":" not in source):  # hf-hub:owner/name is timm's
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    return FilterBank.from_timm(source, pretrained)

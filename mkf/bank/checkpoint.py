@@ -1,0 +1,138 @@
+"""Read depthwise filters from checkpoint files, never running what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mkf.bank.extract import without_compiled
+from mkf.bank.schema import KERNEL_SIZES, Layer
+
+# Where training scripts put the weights; averaged weights first, since those are what is evaluated and published.
+ENTRIES = ("model_ema", "state_dict_ema", "params_ema", "model", "state_dict", "model_state_dict", "params")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+# Parts of a flattened checkpoint's names that mark an optimiser's state.
+_OPTIMISER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|max_exp_avg\w*|momentum_buffer)(\.|$)")
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds: layers by model in order of depth, and where they come from."""
+
+    models: dict[str, list[Layer]]
+    source: str
+    licence: str
+    skipped: list[str]
+
+
+def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
+    """Read the depthwise filters of a file; `FilterBank.from_checkpoint` tells the rules."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint file; a saved bank is read by FilterBank.open")
+    if path.suffix == ".safetensors":
+        tensors, licence, source = *_read_safetensors(path), path.name
+    else:
+        entry, tensors = _weights(_load(path), path)
+        licence, source = "", path.name + (f", entry {entry}" if entry else "")
+
+    models: dict[str, list[Layer]] = {}
+    skipped = []
+    for key, tensor in tensors.items():
+        model, layer = _model_and_layer(key)
+        k = tensor.shape[-1]
+        if tensor.shape[-2] != k or k not in KERNEL_SIZES or not tensor.is_floating_point():
+            kind = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+            skipped.append(f"{key} ({tensor.shape[-2]}x{k}{kind})")
+        else:
+            models.setdefault(model or name or stem_of(path), []).append(Layer(layer, tensor))
+    if not models:
+        raise ValueError(
+            f"no depthwise filters in {path.name}: no weight has the shape (C, 1, k, k) with C > 1 and k odd, 3 to 11"
+            + (f"; other sizes or types: {', '.join(skipped)}" if skipped else "")
+        )
+    return Checkpoint(models, source, licence, skipped)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys(), key=_natural)}
+            tensors = {key: file.get_tensor(key) for key in shapes if _is_depthwise(key, shapes[key])}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
+    return tensors, metadata.get("licence", metadata.get("license", ""))
+
+
+def _load(path: Path) -> Any:
+    # argparse.Namespace only holds values; timm's training script keeps its arguments in one.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, KeyError and others
+            if code := re.search(r"unsupported global:?\s+(?:GLOBAL\s+)?(\S+)", str(error), re.IGNORECASE):
+                raise ValueError(
+                    f"{path} is a pickle that needs code to run ({code[1]}); mkf never runs code from a file. "
+                    "If you trust the file, save its tensors alone, then read those: "
+                    "state = torch.load(path, weights_only=False)['state_dict'] (or the entry that holds the weights); "
+                    "safetensors.torch.save_file(state, 'weights.safetensors')"
+                ) from error
+            # torch's own text is left out: it advises to load the file with weights_only=False.
+            raise ValueError(
+                f"{path} is truncated, damaged, or no PyTorch checkpoint of tensors ({type(error).__name__})"
+            ) from error
+
+
+def _weights(checkpoint: Any, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """Find the state dict in a checkpoint, and in it the tensors that may be depthwise filters."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict or a checkpoint with one")
+    candidates = {**{entry: checkpoint.get(entry) for entry in ENTRIES}, "": checkpoint}
+    for entry, state in candidates.items():
+        if isinstance(state, Mapping) and any(isinstance(value, torch.Tensor) for value in state.values()):
+            tensors = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+            return entry, {key: value for key, value in tensors.items() if _is_depthwise(key, value.shape)}
+    raise ValueError(
+        f"no weights in {path.name}: looked for {', '.join(ENTRIES)} or a bare state dict, "
+        f"found {', '.join(map(str, checkpoint)) or 'nothing'}"
+    )
+
+
+def _is_depthwise(key: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor has a weight's name and the shape (C, 1, h, w) with C > 1 and a window of more than a tap."""
+    named = (key.endswith("weight") or "/" in key) and not _OPTIMISER.search(key)
+    return named and len(shape) == 4 and shape[0] > 1 and shape[1] == 1 and max(shape[2:]) > 1
+
+
+def _model_and_layer(key: str) -> tuple[str, str]:
+    """Split `MODEL/LAYER`, or the name in a state dict, where the model is nameless; strip what wrappers added."""
+    model, _, layer = key.rpartition("/")
+    layer = without_compiled(re.sub(r"^((module|_orig_mod)\.)+", "", layer)).removesuffix(".weight")
+    return model, layer
+
+
+def _natural(key: str) -> list[str | int]:
+    """Sort key by which blocks.3 comes before blocks.10: text and numbers alternate, so like is compared with like."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without the suffixes of a checkpoint (`x.pth.tar` is x)."""
+    name = path.name
+    while name.endswith(SUFFIXES):
+        name = name.rpartition(".")[0]
+    return name or path.name

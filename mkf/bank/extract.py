@@ -1,0 +1,71 @@
+"""Find the depthwise layers of a torch model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mkf.bank.schema import KERNEL_SIZES, Layer
+
+
+class Extraction(NamedTuple):
+    """What was found: the layers in module order, and what to call each depthwise layer of a size no bank can hold."""
+
+    layers: list[Layer]
+    skipped: list[str]
+
+
+def depthwise_layers(model: nn.Module) -> Extraction:
+    """Collect the depthwise convolutions of a model.
+
+    `FilterBank.from_model` tells the rules. Names are those in the model itself, without what DataParallel,
+    DistributedDataParallel and torch.compile add to them.
+
+    Raises:
+        ValueError: The model has no depthwise filter of a size a bank holds.
+    """
+    model = unwrap(model)
+    layers, skipped, convolutions = [], [], 0
+    for name, module in model.named_modules():
+        convolutions += isinstance(module, nn.Conv2d)
+        if not _is_depthwise(module):
+            continue
+        name = without_compiled(name) or type(module).__name__  # a model can be a single layer, which has no name
+        height, width = module.kernel_size
+        if height == width and height in KERNEL_SIZES:
+            stride = module.stride[0] if len(set(module.stride)) == 1 else None
+            layers.append(Layer(name, module.weight, stride))
+        else:
+            skipped.append(f"{name} ({height}x{width})")
+    if not layers:
+        sizes = f"; depthwise but not square, odd and 3 to 11 wide: {', '.join(skipped)}" if skipped else ""
+        raise ValueError(
+            f"no depthwise filters in this {type(model).__name__}: "
+            f"of its {convolutions} Conv2d layers none has groups == in_channels > 1 and a square kernel "
+            f"of odd size 3 to 11{sizes}"
+        )
+    return Extraction(layers, skipped)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel or torch.compile, however nested."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def without_compiled(name: str) -> str:
+    """A layer's name without the `_orig_mod` that torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _is_depthwise(module: Any) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == module.in_channels > 1
+    # KeyConv2d lives on a floor above: it is known by what it has, one key's index per channel.
+    return isinstance(module, nn.Module) and all(hasattr(module, name) for name in ("keys", "index", "kernel_size"))

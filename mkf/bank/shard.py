@@ -1,0 +1,100 @@
+"""Shard: filters of one kernel size, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkf.bank.schema import schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of one kernel size: an Arrow table, or a Parquet data set of which nothing has been read yet.
+
+    Attributes:
+        kernel_size: k.
+        data: The rows, with the columns of `mkf.bank.schema`.
+        condition: What a data set's rows must satisfy; Arrow applies it while reading, and skips the files and row
+            groups that cannot hold a match. None for a table, which is filtered at once.
+    """
+
+    kernel_size: int
+    data: pa.Table | ds.Dataset
+    condition: pc.Expression | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are an Arrow table."""
+        import pyarrow as pa
+
+        return isinstance(self.data, pa.Table)
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of rows; of a data set it is read from the files' footers where no condition forbids it."""
+        if self.in_memory:
+            return int(self.data.num_rows)
+        with self._named_errors():
+            return int(self.data.count_rows(filter=self.condition))
+
+    def where(self, conditions: Mapping[str, Sequence[str | int]]) -> Shard:
+        """The rows whose columns hold one of the values given for them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        shard = self
+        for column, values in conditions.items():
+            allowed = pa.array(values, schema(self.kernel_size).field(column).type)
+            if shard.in_memory:
+                shard = replace(shard, data=shard.data.filter(pc.is_in(shard.data[column], value_set=allowed)))
+            else:
+                condition = pc.field(column).isin(allowed)
+                shard = replace(shard, condition=condition if shard.condition is None else shard.condition & condition)
+        return shard
+
+    def read(self, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows in order, at most `rows` at a time; of a data set only a few batches are held in memory."""
+        if self.in_memory:
+            yield from self.data.select(columns).to_batches(max_chunksize=rows)
+            return
+        with self._named_errors():
+            yield from self.data.to_batches(
+                columns=list(columns), filter=self.condition, batch_size=rows, batch_readahead=2, fragment_readahead=1
+            )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowInvalid, OSError) as error:
+            folder = Path(self.data.files[0]).parents[2]
+            raise OSError(f"the bank {folder} is damaged, or was replaced after it was opened: {error}") from error
+
+
+def rechunk(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Regroup batches into tables of exactly `rows` rows, the last one shorter, without copying."""
+    import pyarrow as pa
+
+    pending: list[pa.RecordBatch] = []
+    missing = rows
+    for batch in batches:
+        while batch.num_rows >= missing:
+            yield pa.Table.from_batches([*pending, batch.slice(0, missing)])
+            batch, pending, missing = batch.slice(missing), [], rows
+        if batch.num_rows:
+            pending.append(batch)
+            missing -= batch.num_rows
+    if pending:
+        yield pa.Table.from_batches(pending)

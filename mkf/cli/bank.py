@@ -1,0 +1,115 @@
+"""`mkf bank`: build filter banks and look at them."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mkf.cli._errors import user_errors
+
+app = typer.Typer(help="Build filter banks and look at them.", no_args_is_help=True)
+
+
+@app.command("build")
+def build(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="timm names, checkpoint files and saved banks, put together in this order; or the word paper54: the "
+            "paper's own list of checkpoints.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bank; a bank that is there is replaced.")],
+    pretrained: Annotated[
+        bool, typer.Option(help="Fetch timm's trained weights, or only initialise its models.")
+    ] = True,
+    files: Annotated[
+        Path | None, typer.Option(help="With paper54: folder of the checkpoints that you bring as files.")
+    ] = None,
+) -> None:
+    """Collect depthwise filters and save them as a bank, a Parquet data set.
+
+    `paper54` adds to the bank at --out what it does not hold yet, so that it can be run again.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with user_errors():
+        if "paper54" in sources:
+            _build_paper54(sources, out, pretrained, files, console)
+        elif files is not None:
+            raise ValueError("--files goes with paper54; name other checkpoint files themselves")
+        else:
+            _build(sources, out, pretrained, console)
+        _print_models(out)
+
+
+@app.command("info")
+def info(folder: Annotated[Path, typer.Argument(metavar="BANK", help="Folder of a saved bank.")]) -> None:
+    """Print which models a bank holds, with how many layers and filters, and where they come from."""
+    with user_errors():
+        _print_models(folder)
+
+
+def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> None:
+    from rich.progress import track
+
+    from mkf.bank import FilterBank, load
+
+    with _notes(console):
+        banks = [load(word, pretrained) for word in track(sources, "Collecting filters", console=console)]
+        FilterBank.concat(banks).save(out)
+
+
+def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path | None, console: Any) -> None:
+    from rich.progress import Progress
+
+    from mkf.bank import paper54
+
+    if len(sources) > 1 or not pretrained:
+        raise ValueError("paper54 is a list of its own: it goes with no other source and with trained weights only")
+    with _notes(console), Progress(console=console) as bar:
+        task = bar.add_task("paper54", total=len(paper54.ENTRIES))
+        done = iter(range(len(paper54.ENTRIES)))
+        result = paper54.build(
+            out, files, lambda entry: bar.update(task, description=entry.name, completed=next(done), refresh=True)
+        )
+        bar.update(task, description="paper54", completed=len(paper54.ENTRIES))
+    for name, reason in result.missing.items():
+        console.print(f"missing: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    built = len(paper54.ENTRIES) - len(result.missing)
+    console.print(f"{built} of the list's {len(paper54.ENTRIES)} checkpoints are in the bank.", highlight=False)
+
+
+@contextmanager
+def _notes(console: Any) -> Iterator[None]:
+    """Print the library's warnings as plain notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                console.print(f"note: {warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_models(folder: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mkf.bank import FilterBank
+
+    bank = FilterBank.open(folder)
+    keys = ["model", "kernel_size", "source", "licence"]
+    models = bank.layers().group_by(keys, use_threads=False).aggregate([("layer", "count"), ("filters", "sum")])
+    table = Table("model", "kernel", "layers", "filters", "licence", "source", title=f"{len(bank)} filters in {folder}")
+    for row in models.to_pylist():
+        k = row["kernel_size"]
+        counts = str(row["layer_count"]), str(row["filters_sum"])
+        table.add_row(*map(escape, (row["model"], f"{k}x{k}", *counts, row["licence"], row["source"])))
+    Console().print(table)

@@ -1,0 +1,77 @@
+"""`mkf bank` on the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mkf.bank import FilterBank
+from mkf.cli.bank import app
+
+
+def mkf_bank(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def checkpoint(path: Path, **tensors: torch.Tensor) -> Path:
+    torch.save({name.replace("_", "."): tensor for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_build_puts_sources_together_and_info_lists_them(small_bank: FilterBank, tmp_path: Path) -> None:
+    small_bank.save(tmp_path / "old")
+    net = checkpoint(tmp_path / "net[1].pth", conv_weight=torch.ones(9, 1, 7, 7), long_weight=torch.ones(2, 1, 1, 7))
+    code, out, err = mkf_bank("build", net, tmp_path / "old", "--out", tmp_path / "new")
+    assert code == 0, err
+    assert "note: net[1].pth: left out 1 depthwise layers" in err
+    assert FilterBank.open(tmp_path / "new").models == ("zeta", "net[1]", "alpha")
+    assert mkf_bank("info", tmp_path / "new") == (0, out, "")
+    assert "27 filters" in out
+    row = next(line for line in out.splitlines() if "net[1]" in line)
+    assert row.split()[1::2][:4] == ["net[1]", "7x7", "1", "9"]
+
+
+def test_build_untrained(tmp_path: Path) -> None:
+    code, out, err = mkf_bank("build", "convnextv2_atto", "--no-pretrained", "--out", tmp_path / "bank")
+    assert code == 0, err
+    assert "untrained" in out
+    assert len(FilterBank.open(tmp_path / "bank")) == 1840
+
+
+def test_build_paper54_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(cls: type[FilterBank], name: str) -> FilterBank:
+        raise OSError(f"cannot fetch {name}")
+
+    monkeypatch.setattr(FilterBank, "from_timm", classmethod(no_network))
+    (tmp_path / "files").mkdir()
+    checkpoint(tmp_path / "files" / "hornet_tiny_7x7.pth", conv_weight=torch.ones(9, 1, 7, 7))
+    command = ("build", "paper54", "--files", tmp_path / "files", "--out", tmp_path / "bank")
+    code, out, err = mkf_bank(*command)
+    assert code == 0, err
+    assert err.count("missing: ") == 52
+    assert "missing: moganet_tiny_sz256: not in timm; bring the file as moganet_tiny_sz256.pth" in err
+    assert "1 of the list's 53 checkpoints are in the bank." in err
+    assert "hornet_tiny_7x7" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("build", "nothing.pth"), "there is no file or folder nothing.pth"),
+        (("build", "convnextv2_pcio"), "did you mean convnextv2_pico"),
+        (("build", "convnextv2_pico", "--files", "."), "--files goes with paper54"),
+        (("build", "paper54", "convnextv2_pico"), "paper54 is a list of its own"),
+        (("build", "paper54", "--no-pretrained"), "paper54 is a list of its own"),
+        (("build", "paper54", "--files", "nowhere"), "there is no folder nowhere"),
+        (("info",), "there is no bank at"),
+    ],
+)
+def test_errors_are_one_message(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    folder = ("--out", tmp_path / "bank") if words[0] == "build" else (tmp_path / "bank",)
+    code, out, err = mkf_bank(*words, *folder)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "bank").exists()
