@@ -7,7 +7,7 @@ with L2 norm 1 and the sign of their scale undone, so that a filter looks like i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -171,6 +171,29 @@ def shares_over_depth(analysis: Analysis) -> Figure:
             axes.set_xticklabels([])
     if len(analysis.keys) <= len(_COLOURS):
         _legend(figure, analysis.keys, colours, columns=4 if columns == 3 else 2)
+    return figure
+
+
+@_drawn
+def bars(panels: Mapping[str, Mapping[str, float]], label: str) -> Figure:
+    """Horizontal bars, one panel under the other, each with its value behind it.
+
+    Args:
+        panels: Title of each panel and its values by name, drawn from top to bottom.
+        label: What a value is, under the last panel.
+    """
+    rows = [len(values) for values in panels.values()]
+    figure = _figure(6.0, 0.24 * sum(rows) + 0.45 * len(rows))
+    for axes, (title, values) in zip(
+        figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0], panels.items(), strict=True
+    ):
+        drawn = axes.barh(list(values), list(values.values()), color=_COLOURS[0], height=0.7)
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+        axes.set_title(title, loc="left", fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(label)
     return figure
 
 

@@ -59,6 +59,10 @@ def fit(
         if json is not None:
             measure.write(results, json)
         if figure is not None:
-            from mkf.analysis.figures import benchmark
+            from mkf.analysis import figures
 
-            benchmark(results, figure)
+            panels = {
+                f"{filters:,} filters, {result.problem['keys']} keys": {row.name: row.ratio for row in result.rows}
+                for result in results
+            }
+            figures.save(figures.bars(panels, "times one read of the filters"), figure)
