@@ -1,6 +1,7 @@
 """The affine fit against one read of the bank and against its peers."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ def candidates(filters: Tensor, keys: Tensor, names: Iterable[str] | None = None
     found: dict[str, Callable[[], object]] = {READ: lambda: filters.sum()}
     for implementation in registry.implementations("affine_fit"):
         if implementation.why_not(filters.device) is None and implementation.name != "reference":
-            found[f"mkf {implementation.name}"] = lambda name=implementation.name: affine_fit(filters, keys, backend=name)  # type: ignore[misc]
+            found[f"mkf {implementation.name}"] = partial(affine_fit, filters, keys, backend=implementation.name)
     if filters.dtype == torch.float32 and filters.device.type == "cpu":
         for name, make in peers.available().items():
-            found[name] = lambda run=make(keys.flatten(1)): run(filters)  # type: ignore[misc]
+            found[name] = partial(make(keys.flatten(1)), filters)
     if names is not None:
         wanted = tuple(names)
         found = {name: run for name, run in found.items() if name == READ or name.startswith(wanted)}

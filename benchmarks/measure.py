@@ -70,7 +70,9 @@ def take_turns(
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds[baseline], strict=True))
         rows.append(
-            Row(name, statistics.median(own), statistics.median(ratios), ratios[rounds // 10], ratios[-1 - rounds // 10])
+            Row(
+                name, statistics.median(own), statistics.median(ratios), ratios[rounds // 10], ratios[-1 - rounds // 10]
+            )
         )
     return Result(problem, baseline, rows)
 
@@ -85,7 +87,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     folder = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)  # noqa: S607
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "processor": _processor(),
@@ -102,7 +104,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def write(results: list[Result], path: Path) -> None:

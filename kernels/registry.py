@@ -41,6 +41,8 @@ class Implementation:
         """Why it cannot run on `device`, or None if it can."""
         if self.devices and device.type not in self.devices:
             return f"written for {' and '.join(self.devices)}, not for {device.type}"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "torch sees no CUDA device"
         reason: str | None = self.load().why_not(device)
         return reason
 

@@ -87,7 +87,11 @@ def sklearn_argmin(keys: Tensor) -> Peer:
 
 def available() -> dict[str, Callable[[Tensor], Peer]]:
     """The peers whose libraries are installed."""
-    peers = {"torch, naive": torch_naive, "torch, one GEMM": torch_gemm, "torch.compile, one GEMM": torch_compiled}
+    peers: dict[str, Callable[[Tensor], Peer]] = {
+        "torch, naive": torch_naive,
+        "torch, one GEMM": torch_gemm,
+        "torch.compile, one GEMM": torch_compiled,
+    }
     if find_spec("faiss"):
         peers["faiss IndexFlatIP"] = faiss_flat
     if find_spec("sklearn"):

@@ -4,8 +4,8 @@ Each module has `why_not(device)` and
 
     affine_fit(filters, keys, positive, index, scale, shift, residual)
 
-with `filters` (N, k, k) in float32, float64, bfloat16 or float16 and with any strides, N >= 1, `keys` a `FitKeys` on the
-same device, and four contiguous outputs (N, m), int32 and three times float32, to be filled with the m best keys.
+with `filters` (N, k, k) in float32, float64, bfloat16 or float16 and with any strides, N >= 1, `keys` a `FitKeys` on
+the same device, and four contiguous outputs (N, m), int32 and three times float32, for the m best keys.
 """
 
 from typing import NamedTuple

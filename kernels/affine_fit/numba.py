@@ -67,15 +67,15 @@ def _compiled(threads: int) -> Callable[..., None]:
                 dot[j] = total
                 score[j] = total if positive else abs(total)
             for b in range(best):
-                j = np.argmax(score)
-                score[j] = -np.inf
-                a = max(dot[j], 0.0) if positive else dot[j]
+                top = np.argmax(score)
+                score[top] = -np.inf
+                a = max(dot[top], 0.0) if positive else dot[top]
                 error = 0.0
                 for t in range(taps):
-                    error += (x[t] - a * unit[j, t]) ** 2
-                index[i, b] = j
-                scale[i, b] = a * reach * inverse_norm[j]
-                shift[i, b] = mean - a * reach * inverse_norm[j] * key_mean[j]
+                    error += (x[t] - a * unit[top, t]) ** 2
+                index[i, b] = top
+                scale[i, b] = a * reach * inverse_norm[top]
+                shift[i, b] = mean - a * reach * inverse_norm[top] * key_mean[top]
                 residual[i, b] = min(1.0, np.sqrt(error / squares))
 
     compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract"}, nogil=True, cache=True)(fit)

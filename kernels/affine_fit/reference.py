@@ -1,5 +1,8 @@
 """The affine fit in PyTorch, a line for a formula: what every other implementation is compared with."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,10 @@ def affine_fit(
             o.copy_(value.T)
 
 
+def _sum(rows: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, rows)
+
+
 def _fit(f: Tensor, keys: FitKeys, positive: bool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All four outputs, (best, N).
 
@@ -33,19 +40,19 @@ def _fit(f: Tensor, keys: FitKeys, positive: bool, best: int) -> tuple[Tensor, T
     finite = f.isfinite().all(0)
     dead = finite & (f == first).all(0)
 
-    mean = sum(f / taps)
+    mean = _sum(f / taps)
     y = f - mean
     spread = y.abs().amax(0)  # dividing by it keeps the squares in range
     y = y / spread
-    dot = sum(y[t] * q[t][:, None] for t in range(taps))  # (K, N)
+    dot = _sum(y[t] * q[t][:, None] for t in range(taps))  # (K, N)
     score = dot if positive else dot.abs()
     # A stable sort, because equal scores go to the lowest index.
     j = score.argsort(dim=0, descending=True, stable=True)[:best]
     a = dot.gather(0, j)
     if positive:
         a = a.clamp(min=0)
-    error = sum((y[t] - a * q[t][j]).square() for t in range(taps))
-    r = (error / sum(y.square())).sqrt().clamp(max=1)
+    error = _sum((y[t] - a * q[t][j]).square() for t in range(taps))
+    r = (error / _sum(y.square())).sqrt().clamp(max=1)
     a = a * spread * keys.inverse_norm[j]
     b = mean - a * keys.mean[j]
 

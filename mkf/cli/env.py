@@ -17,24 +17,28 @@ def command() -> None:
     missing = extension.missing()
     with user_errors():
         native = f"instruction set {extension.isa()}" if missing is None else missing
-    console.print(f"mkf {mkf.__version__}, Python {platform.python_version()}, torch {torch.__version__}", highlight=False)
+    console.print(
+        f"mkf {mkf.__version__}, Python {platform.python_version()}, torch {torch.__version__}", highlight=False
+    )
     console.print(f"CPU: {torch.get_num_threads()} threads; extension: {native}", highlight=False)
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        for device in devices[1:]:
-            console.print(f"{device}: {torch.cuda.get_device_name(device)}", highlight=False)
-    else:
-        console.print("GPU: torch sees none", highlight=False)
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices[1:]:
+        console.print(f"{device}: {torch.cuda.get_device_name(device)}", highlight=False)
+    if len(devices) == 1:
+        devices.append(torch.device("cuda"))  # to say why nothing runs there
     for operator in registry.operators():
         table = Table("implementation", "what it is", *map(str, devices), title=operator, title_justify="left")
         with user_errors():
-            chosen = {device: registry.choose(operator, device) for device in devices}
+            chosen = {
+                device: registry.choose(operator, device)
+                for device in devices
+                if device.type == "cpu" or device.index is not None
+            }
         for implementation in registry.implementations(operator):
             cells = []
             for device in devices:
                 reason = implementation.why_not(device)
-                word = "chosen" if implementation is chosen[device] else "available"
+                word = "chosen" if implementation is chosen.get(device) else "available"
                 cells.append(f"[green]{word}[/]" if reason is None else f"[dim]{reason}[/]")
             table.add_row(implementation.name, implementation.description, *cells)
         console.print(table)

@@ -23,7 +23,7 @@ class AffineFit(NamedTuple):
         index: int32, the key; -1 for a filter that holds NaN or Inf.
         scale: float32, a of a * key + b; 0 for a constant (dead) filter.
         shift: float32, b of a * key + b.
-        residual: float32 in [0, 1], ||f - (a * key + b)|| / ||f - mean(f)||: 0 is exact, 1 is no better than a constant.
+        residual: float32 in [0, 1], ||f - (a * key + b)|| / ||f - mean(f)||: 0 exact, 1 no better than a constant.
     """
 
     index: Any
@@ -48,21 +48,21 @@ def affine_fit(
         residual = ||f - (a * q + b)|| / ||f'|| = sqrt(1 - c^2).
 
     This is the least-squares line of equations 1 to 3 of "The Quest for Universal Master Key Filters in DS-CNNs"
-    (NeurIPS 2025). Sums are float32 or better and taken after the mean has left, so a large common offset costs nothing;
-    the result for a filter does not depend on its neighbours, on the batch or on the number of threads.
+    (NeurIPS 2025). Sums are float32 or better and taken after the mean has left, so a common offset costs nothing; the
+    result for a filter does not depend on its neighbours, on the batch or on the number of threads.
 
     Args:
-        filters: (N, k, k) or (N, k * k), k odd, 3 to 11; a tensor (float32, float64, bfloat16, float16, any strides), a
-            numpy array (the result then is numpy too), or a `FilterBank`. A constant filter is *dead*: index 0, scale 0,
-            its value as shift, residual 0. One that holds NaN or Inf gets index -1 and NaN.
+        filters: (N, k, k) or (N, k * k), k odd, 3 to 11; a tensor (float32, float64, bfloat16, float16, any strides),
+            a numpy array (the result then is numpy too), or a `FilterBank`. A constant filter is *dead*: index 0,
+            scale 0, its value as shift, residual 0. One that holds NaN or Inf gets index -1 and NaN.
         keys: A `KeySet`, or an array (K, k, k), 1 <= K <= 256. The fit is relative to the keys as they are given.
         sign: "any", or "positive" for scales >= 0 only; then the key of largest c (not |c|) wins.
         topk: Report the m best keys, best first, in outputs of shape (N, m).
         backend: Name of an implementation (`mkf env` lists them); automatic if None, or as `MKF_BACKEND` says.
 
     Returns:
-        An `AffineFit` on the device of the filters. Scale, shift and residual have gradients with respect to filters and
-        keys, at the chosen key.
+        An `AffineFit` on the device of the filters. Scale, shift and residual have gradients with respect to filters
+        and keys, at the chosen key.
 
     Raises:
         ValueError: Shapes that are no filters or do not fit together, no filter, keys that are not finite or constant.
