@@ -12,15 +12,18 @@ __all__ = ["FilterBank", "Layer", "load"]
 
 
 def load(source: str, pretrained: bool = True) -> FilterBank:
-    """Get a bank from one word, as the command line takes it: a saved bank's folder, a checkpoint file or timm's name.
+    """Get a bank from one word, as the command line takes it.
 
-    What exists as a path is read; any other word is a name, unless it looks like a path.
+    `embedded` is the bank that comes with mkf, a folder that exists a saved bank, a file that exists a checkpoint; any
+    other word is timm's name of a model, unless it looks like a path.
 
     Raises:
         FileNotFoundError: The word looks like a path, by a slash or a checkpoint's suffix, and nothing is there.
         ValueError: See `FilterBank.open`, `from_checkpoint` and `from_timm`.
         OSError: See `FilterBank.from_timm`.
     """
+    if source == "embedded":
+        return FilterBank.embedded()
     path = Path(source).expanduser()
     if path.is_dir():
         return FilterBank.open(path)

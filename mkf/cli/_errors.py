@@ -1,16 +1,29 @@
-"""Errors a user can cause end in one message, never in a traceback."""
+"""What goes wrong ends in one message, never in a traceback."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
+from mkf.kernels.registry import BackendError
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the library's ValueError, OSError and ImportError into a red line on stderr and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
+    """Turn errors a user can cause into a red line on stderr and exit code 1, and warnings into yellow notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError, BackendError) as error:
+            _print_notes(caught)
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from None
+        _print_notes(caught)
+
+
+def _print_notes(caught: list[warnings.WarningMessage]) -> None:
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            typer.secho(f"note: {warning.message}", fg=typer.colors.YELLOW, err=True)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mkf.bank import FilterBank
 
 _PIPED_WIDTH = 120
-_CHECKPOINTS = (".safetensors", ".pth", ".pt")
 
 
 def command(
@@ -41,15 +40,15 @@ def command(
     A source is the first of these that it can be:
     - the word "embedded": the bank that comes with mkf,
     - a folder: a saved bank,
-    - a file, or any .safetensors, .pth or .pt: a checkpoint,
-    - a name without a slash: a model of timm.
+    - a file: a checkpoint,
+    - anything that does not look like a path: a model of timm.
     """
     with user_errors():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         from mkf.analysis import analyse, report
-        from mkf.bank import FilterBank
+        from mkf.bank import FilterBank, load
         from mkf.keys import parse
 
         if out is not None and out.exists() and not out.is_dir():
@@ -69,7 +68,7 @@ def command(
             banks: dict[str, FilterBank] = {}
             for name in names:
                 progress.update(reading, description=f"reading {name}")
-                banks[name] = _read(name, pretrained=pretrained)
+                banks[name] = load(name, pretrained)
                 progress.advance(reading)
             _check_distinct(banks, key_set.kernel_size)
             fitting = progress.add_task("fitting filters", total=None)
@@ -102,19 +101,3 @@ def _check_distinct(banks: dict[str, FilterBank], k: int) -> None:
             if other := sources.get(model):
                 raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
             sources[model] = source
-
-
-def _read(source: str, *, pretrained: bool) -> FilterBank:
-    """The bank that a command-line word names; `command` documents the rule."""
-    from mkf.bank import FilterBank
-
-    path = Path(source)
-    if source == "embedded":
-        return FilterBank.embedded()
-    if path.is_dir():
-        return FilterBank.open(path)
-    if path.is_file() or path.suffix in _CHECKPOINTS:
-        return FilterBank.from_checkpoint(path)
-    if "/" in source and ":" not in source:
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    return FilterBank.from_timm([source], pretrained=pretrained)

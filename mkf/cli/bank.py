@@ -1,8 +1,5 @@
 """`mkf bank`: build filter banks and look at them."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,9 +57,8 @@ def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> Non
 
     from mkf.bank import FilterBank, load
 
-    with _notes(console):
-        banks = [load(word, pretrained) for word in track(sources, "Collecting filters", console=console)]
-        FilterBank.concat(banks).save(out)
+    banks = [load(word, pretrained) for word in track(sources, "Collecting filters", console=console)]
+    FilterBank.concat(banks).save(out)
 
 
 def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path | None, console: Any) -> None:
@@ -72,7 +68,7 @@ def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path 
 
     if len(sources) > 1 or not pretrained:
         raise ValueError("paper54 is a list of its own: it goes with no other source and with trained weights only")
-    with _notes(console), Progress(console=console) as bar:
+    with Progress(console=console) as bar:
         task = bar.add_task("paper54", total=len(paper54.ENTRIES))
         done = iter(range(len(paper54.ENTRIES)))
         result = paper54.build(
@@ -83,18 +79,6 @@ def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path 
         console.print(f"missing: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     built = len(paper54.ENTRIES) - len(result.missing)
     console.print(f"{built} of the list's {len(paper54.ENTRIES)} checkpoints are in the bank.", highlight=False)
-
-
-@contextmanager
-def _notes(console: Any) -> Iterator[None]:
-    """Print the library's warnings as plain notes."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        try:
-            yield
-        finally:
-            for warning in caught:
-                console.print(f"note: {warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_models(folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_without_matplotlib_the_numbers_are_still_written(
 
 
 def test_bad_sources(tmp_path: Path) -> None:
-    assert "no/such/folder: no such file or folder" in refused("no/such/folder")
+    assert "there is no file or folder no/such/folder" in refused("no/such/folder")
     assert "missing.safetensors" in refused(tmp_path / "missing.safetensors")
     assert "missing.pth" in refused("missing.pth")
     assert "convnextv2_pico" in refused("convnextv2_pic")
