@@ -3,6 +3,7 @@
 from mkf.train.config import TrainConfig
 from mkf.train.data import ParquetImages
 from mkf.train.engine import EpochRecord, train
+from mkf.train.filters import learned_filters
 from mkf.train.model import build_model
 
-__all__ = ["EpochRecord", "ParquetImages", "TrainConfig", "build_model", "train"]
+__all__ = ["EpochRecord", "ParquetImages", "TrainConfig", "build_model", "learned_filters", "train"]

@@ -223,6 +223,7 @@ class _Run:
         return {
             "model": self.config.model,
             "model_kwargs": json.dumps(dict(self.config.model_kwargs, num_classes=self.classes)),
+            "image_size": str(self.config.image_size),
             "data_set": self.config.data_set,
             "epochs": str(epochs),
             "seed": str(self.config.seed),

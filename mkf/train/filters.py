@@ -1,0 +1,49 @@
+"""The filters that finished runs learned, as a bank with its provenance; mkf's embedded bank is made this way."""
+
+import json
+from pathlib import Path
+
+from mkf.bank import FilterBank
+from mkf.train.config import TrainConfig
+from mkf.train.model import build_model
+
+
+def learned_filters(*runs: str | Path, licence: str = "") -> FilterBank:
+    """Collect the filters of runs of `train`: trained, and those of the same networks before training as a control.
+
+    A run in the folder `NAME` gives the models `NAME` and `NAME-untrained`. The bank's `source` tells data set, epochs,
+    test accuracy, seed and command.
+
+    Args:
+        runs: Folders that `train` finished.
+        licence: Of the filters.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run.
+    """
+    banks = []
+    for run in map(Path, runs):
+        for file, name in (("model.safetensors", run.name), ("initial.safetensors", f"{run.name}-untrained")):
+            banks.append(_filters(run / file, name, licence))
+    return FilterBank.concat(banks)
+
+
+def _filters(path: Path, name: str, licence: str) -> FilterBank:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    kwargs = json.loads(metadata["model_kwargs"])
+    classes = kwargs.pop("num_classes")
+    size = int(metadata["image_size"])
+    config = TrainConfig(model=metadata["model"], model_kwargs=kwargs, data="", out="", image_size=size)
+    model = build_model(config, classes)
+    model.load_state_dict(load_file(path))
+    told = f"{metadata['epochs']} epochs"
+    if "test_accuracy" in metadata:
+        told += f", test accuracy {metadata['test_accuracy']} %"
+    source = f"{metadata['data_set']}, {told}, seed {metadata['seed']}: {metadata['command']}"
+    return FilterBank.from_model(model, name, source=source, licence=licence)

@@ -1,0 +1,33 @@
+"""A finished run as a bank of trained and untrained filters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mkf.train import learned_filters, train
+from tests.train.test_train import config
+
+
+def test_trained_and_untrained_filters_with_their_provenance(colours: Path) -> None:
+    settings = config(colours, "run")
+    history = train(settings)
+    bank = learned_filters(settings.out, licence="MIT")
+    assert bank.models == ("run", "run-untrained")
+    for model, file in (("run", "model"), ("run-untrained", "initial")):
+        own = bank.select(model=model)
+        weights = load_file(Path(settings.out) / f"{file}.safetensors")
+        depthwise = [w[:, 0] for w in weights.values() if w.ndim == 4 and w.shape[1] == 1]
+        assert torch.equal(own.filters, torch.cat(depthwise))
+        (source,) = set(own.metadata["source"].to_pylist())
+        assert source.startswith("colours, ")
+        assert "seed 0: mkf train --model ConvMixer" in source
+        assert ("test accuracy" in source) == (file == "model")
+    assert f"2 epochs, test accuracy {history[-1].top1:.2f} %" in bank.select(model="run").metadata["source"][0].as_py()
+    assert set(bank.metadata["licence"].to_pylist()) == {"MIT"}
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        learned_filters(tmp_path)
