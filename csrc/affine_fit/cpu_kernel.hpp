@@ -51,48 +51,45 @@ static const T* filter_at(const AffineFit& p, std::int64_t i) {
 // Lays `lanes` filters out as float rows of k * k; the other lanes are zero.
 template <class T>
 static void gather_rows(const AffineFit& p, std::int64_t first, int lanes, float* rows) {
-    const int k = p.k;
-    for (int lane = 0; lane < lanes; ++lane) {
-        float* row = rows + lane * k * k;
-        const T* filter = filter_at<T>(p, first + lane);
-        if (p.col_stride == 1 && p.row_stride == k) {
-            for (int t = 0; t < k * k; ++t) row[t] = to_float(filter[t]);
-        } else {
-            for (int r = 0; r < k; ++r)
-                for (int c = 0; c < k; ++c) row[r * k + c] = to_float(filter[r * p.row_stride + c * p.col_stride]);
+    const int k = p.k, taps = k * k;
+    const bool plain = p.col_stride == 1 && p.row_stride == k;
+    if (plain && p.stride == taps) {
+        to_floats(filter_at<T>(p, first), rows, lanes * taps);
+    } else {
+        for (int lane = 0; lane < lanes; ++lane) {
+            float* row = rows + lane * taps;
+            const T* filter = filter_at<T>(p, first + lane);
+            if (plain) {
+                to_floats(filter, row, taps);
+            } else {
+                for (int r = 0; r < k; ++r)
+                    for (int c = 0; c < k; ++c) row[r * k + c] = to_float(filter[r * p.row_stride + c * p.col_stride]);
+            }
         }
     }
-    for (int t = lanes * k * k; t < W * k * k; ++t) rows[t] = 0.0f;
+    for (int t = lanes * taps; t < W * taps; ++t) rows[t] = 0.0f;
 }
 
-// tile[t][lane] = rows[lane][t]; returns the sum over taps. An odd square leaves one tap after groups of four.
-static Vec transpose(const float* rows, std::int64_t stride, int taps, float* tile) {
-    Vec sum = broadcast(0.0f);
+// tile[t][lane] = rows[lane][t]. An odd square leaves one tap after groups of four.
+static void transpose(const float* rows, std::int64_t stride, int taps, float* tile) {
 #if defined(__AVX2__)
-    Vec sums[4] = {sum, sum, sum, sum};
-    for (int t = 0; t + 4 <= taps; t += 4) {
-        Vec a = load_quads(rows + t, stride, 0), b = load_quads(rows + t, stride, 1);
-        Vec c = load_quads(rows + t, stride, 2), d = load_quads(rows + t, stride, 3);
-        transpose_quads(a, b, c, d);
-        store(tile + t * W, a);
-        store(tile + (t + 1) * W, b);
-        store(tile + (t + 2) * W, c);
-        store(tile + (t + 3) * W, d);
-        sums[0] = sums[0] + a;
-        sums[1] = sums[1] + b;
-        sums[2] = sums[2] + c;
-        sums[3] = sums[3] + d;
-    }
     const int last = taps - 1;
     for (int lane = 0; lane < W; ++lane) tile[last * W + lane] = rows[lane * stride + last];
-    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + load(tile + last * W);
+    for (int t = 0; t < last; t += 4)
+        for (int lane = 0; lane < W; lane += 8) transpose_8x4(rows + lane * stride + t, stride, tile + t * W + lane, W);
 #else
-    for (int t = 0; t < taps; ++t) {
+    for (int t = 0; t < taps; ++t)
         for (int lane = 0; lane < W; ++lane) tile[t * W + lane] = rows[lane * stride + t];
-        sum = sum + load(tile + t * W);
-    }
 #endif
-    return sum;
+}
+
+static Vec mean_over_taps(const float* tile, int taps) {
+    Vec sums[4];
+    for (Vec& sum : sums) sum = broadcast(0.0f);
+    for (int t = 0; t + 4 <= taps; t += 4)
+        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load(tile + (t + i) * W);
+    const Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + load(tile + (taps - 1) * W);
+    return sum * broadcast(1.0f / static_cast<float>(taps));
 }
 
 struct Moments {
@@ -241,7 +238,8 @@ static void fit_block(const AffineFit& p, KeysByTap keys, std::int64_t first, in
     } else {
         gather_rows<typename T::type>(p, first, lanes, scratch.rows);
     }
-    const Vec mean = transpose(rows, stride, taps, scratch.tile) * broadcast(inverse_taps);
+    transpose(rows, stride, taps, scratch.tile);
+    const Vec mean = mean_over_taps(scratch.tile, taps);
 
     constexpr int room = OneKey ? 1 : max_keys;
     Vec score[room], dot[room], index[room];

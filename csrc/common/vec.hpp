@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "scalar.hpp"
+
 namespace mkf::MKF_ISA {
 
 #if defined(__AVX512F__)
@@ -43,25 +45,6 @@ inline unsigned bits(Mask m) { return m; }
 inline Vec lookup(const float* table, int size, Vec index) {
     const __m512i i = _mm512_cvtps_epi32(index.v);
     return {size <= 16 ? _mm512_permutexvar_ps(i, _mm512_loadu_ps(table)) : _mm512_i32gather_ps(i, table, 4)};
-}
-
-// Four consecutive columns of 16 rows: quarter q of the result holds row 4 * q + i.
-inline Vec load_quads(const float* p, std::int64_t stride, int i) {
-    __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(p + i * stride));
-    r = _mm512_mask_broadcast_f32x4(r, 0x00f0, _mm_loadu_ps(p + (i + 4) * stride));
-    r = _mm512_mask_broadcast_f32x4(r, 0x0f00, _mm_loadu_ps(p + (i + 8) * stride));
-    return {_mm512_mask_broadcast_f32x4(r, 0xf000, _mm_loadu_ps(p + (i + 12) * stride))};
-}
-
-inline void transpose_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
-    const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v));
-    const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
-    const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v));
-    const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
-    a.v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
-    b.v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
-    c.v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
-    d.v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
 }
 
 #elif defined(__AVX2__)
@@ -101,23 +84,6 @@ inline Vec lookup(const float* table, int size, Vec index) {
     return {size <= 8 ? _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i) : _mm256_i32gather_ps(table, i, 4)};
 }
 
-// Four consecutive columns of 8 rows: half h of the result holds row 4 * h + i.
-inline Vec load_quads(const float* p, std::int64_t stride, int i) {
-    const __m256 r = _mm256_castps128_ps256(_mm_loadu_ps(p + i * stride));
-    return {_mm256_insertf128_ps(r, _mm_loadu_ps(p + (i + 4) * stride), 1)};
-}
-
-inline void transpose_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
-    const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a.v, b.v));
-    const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a.v, b.v));
-    const __m256d cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(c.v, d.v));
-    const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(c.v, d.v));
-    a.v = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
-    b.v = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
-    c.v = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
-    d.v = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
-}
-
 #else
 
 // Plain loops of a fixed length, which any compiler vectorises for its baseline.
@@ -151,6 +117,61 @@ inline unsigned bits(Mask m) { unsigned r = 0; MKF_LANES r |= static_cast<unsign
 inline Vec lookup(const float* table, int, Vec index) { MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])]; return index; }
 #undef MKF_LANES
 
+#endif
+
+// out[0..n) = in[0..n), widened to float.
+template <class T>
+inline void to_floats(const T* in, float* out, int n) {
+    for (int i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+#if defined(__AVX512F__)
+inline Vec load_floats(const BFloat16* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+inline Vec load_floats(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+#elif defined(__AVX2__)
+inline Vec load_floats(const BFloat16* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+inline Vec load_floats(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+#endif
+
+#if defined(__AVX2__)
+template <class Half>
+inline void halves_to_floats(const Half* in, float* out, int n) {
+    int i = 0;
+    for (; i + Vec::width <= n; i += Vec::width) store(out + i, load_floats(in + i));
+    for (; i < n; ++i) out[i] = to_float(in[i]);
+}
+inline void to_floats(const BFloat16* in, float* out, int n) { halves_to_floats(in, out, n); }
+inline void to_floats(const Float16* in, float* out, int n) { halves_to_floats(in, out, n); }
+#endif
+
+#if defined(__AVX2__)
+// Four consecutive columns of eight rows, `stride` floats apart, to four rows of eight, `out_stride` apart. Quarters of
+// rows are put together while they are loaded, which leaves half the shuffles; on a processor that runs 512 bits in two
+// steps, halves are no slower than whole vectors, and their loads are faster.
+inline void transpose_8x4(const float* in, std::int64_t stride, float* out, std::int64_t out_stride) {
+    __m256 row[4];
+    for (int i = 0; i < 4; ++i)
+        row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(in + i * stride)),
+                                      _mm_loadu_ps(in + (i + 4) * stride), 1);
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
+    _mm256_storeu_ps(out, _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)));
+    _mm256_storeu_ps(out + out_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23)));
+    _mm256_storeu_ps(out + 2 * out_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)));
+    _mm256_storeu_ps(out + 3 * out_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23)));
+}
 #endif
 
 inline void prefetch(const void* p) {

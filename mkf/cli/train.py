@@ -20,6 +20,9 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = TrainConfig.lr,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = TrainConfig.weight_decay,
+    depthwise_weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of the depthwise filters.")
+    ] = TrainConfig.depthwise_weight_decay,
     warmup_epochs: Annotated[int, typer.Option(help="Linear warm-up, part of --epochs.")] = TrainConfig.warmup_epochs,
     min_crop: Annotated[float, typer.Option(help="Least area of the random crop.")] = TrainConfig.min_crop,
     randaug: Annotated[str, typer.Option(help="RandAugment in timm's notation; '' for none.")] = TrainConfig.randaug,

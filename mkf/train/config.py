@@ -25,6 +25,8 @@ class TrainConfig:
         batch_size: Images a step, even (mixup pairs them).
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW; not applied to biases and norms.
+        depthwise_weight_decay: The same for depthwise filters. Far stronger, because a short run at an ordinary decay
+            leaves most of a filter's initial noise where it was, and a norm layer behind makes up for small filters.
         warmup_epochs: Linear warm-up, counted in `epochs`.
         min_crop: Least area of the random crop as a fraction of the picture.
         randaug: RandAugment in timm's notation, or empty for none.
@@ -53,6 +55,7 @@ class TrainConfig:
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
+    depthwise_weight_decay: float = 1.0
     warmup_epochs: int = 2
     min_crop: float = 0.5
     randaug: str = "rand-m9-n1-mstd0.5"
@@ -74,7 +77,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         rules: list[tuple[str, Callable[[float], bool], str]] = [
             ("image_size epochs batch_size lr", lambda value: value > 0, "positive"),
-            ("weight_decay warmup_epochs mixup cutmix clip_grad", lambda value: value >= 0, "0 or more"),
+            ("weight_decay depthwise_weight_decay warmup_epochs mixup cutmix clip_grad", lambda value: value >= 0, "0 or more"),
             ("seed threads workers", lambda value: value >= 0, "0 or more"),
             ("mix_prob erasing", lambda value: 0 <= value <= 1, "in [0, 1]"),
             ("smoothing drop_path ema", lambda value: 0 <= value < 1, "in [0, 1)"),

@@ -102,7 +102,7 @@ class _Run:
         self.model = build_model(config, self.classes).to(device=self.device)
         self.model = self.model.to(memory_format=self.memory_format)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.optimizer = create_optimizer_v2(self.model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = create_optimizer_v2(_parameter_groups(config, self.model), opt="adamw", lr=config.lr)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
@@ -230,6 +230,20 @@ class _Run:
             "command": self.config.command(),
             "versions": json.dumps({"torch": torch.__version__, "timm": timm.__version__}),
         }
+
+
+def _parameter_groups(config: TrainConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Split the parameters by their weight decay: none, `weight_decay` and `depthwise_weight_decay`."""
+    from timm.optim import param_groups_weight_decay
+
+    layers = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1)
+    depthwise = [layer.weight for layer in layers]
+    known = set(map(id, depthwise))
+    groups = [
+        {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in known]}
+        for group in param_groups_weight_decay(model, config.weight_decay)
+    ]
+    return [*groups, {"params": depthwise, "weight_decay": config.depthwise_weight_decay}]
 
 
 def _seed(seed: int, epoch: int) -> None:
