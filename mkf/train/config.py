@@ -77,7 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         rules: list[tuple[str, Callable[[float], bool], str]] = [
             ("image_size epochs batch_size lr", lambda value: value > 0, "positive"),
-            ("weight_decay depthwise_weight_decay warmup_epochs mixup cutmix clip_grad", lambda value: value >= 0, "0 or more"),
+            ("weight_decay depthwise_weight_decay", lambda value: value >= 0, "0 or more"),
+            ("warmup_epochs mixup cutmix clip_grad", lambda value: value >= 0, "0 or more"),
             ("seed threads workers", lambda value: value >= 0, "0 or more"),
             ("mix_prob erasing", lambda value: 0 <= value <= 1, "in [0, 1]"),
             ("smoothing drop_path ema", lambda value: 0 <= value < 1, "in [0, 1)"),

@@ -137,6 +137,15 @@ def test_the_average_is_tested_but_does_not_change_the_training(colours: Path) -
     assert plain[-1].test_loss != averaged[-1].test_loss
 
 
+def test_every_parameter_decays_once_and_depthwise_filters_at_their_own_rate(colours: Path) -> None:
+    run = mkf.train.engine._Run(config(colours, "run", weight_decay=0.25, depthwise_weight_decay=0.75))
+    decay = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(list(run.model.parameters()))
+    for name, parameter in run.model.named_parameters():
+        depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
+        assert decay[id(parameter)] == (0.75 if depthwise else 0.0 if parameter.ndim == 1 else 0.25), name
+
+
 def test_a_registered_model_with_drop_path_and_autocast(colours: Path) -> None:
     kwargs = {"dims": (4, 8, 8, 8), "depths": (1, 1, 1, 0)}
     run = config(colours, "run", model="convnext_atto", model_kwargs=kwargs, drop_path=0.1, amp=True, image_size=32)
