@@ -29,7 +29,7 @@ def find_nvcc() -> str | None:
     """The nvcc to compile with, by MKF_CUDA, CUDA_HOME and PATH; a GPU need not be there."""
     wanted = os.environ.get("MKF_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"MKF_CUDA={wanted}: use 1 (build the CUDA kernels), 0 (do not) or leave it unset (if nvcc is there)")
+        raise SystemExit(f"MKF_CUDA={wanted}: use 1 (build the CUDA kernels), 0 (do not) or leave it unset")
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME")
@@ -52,10 +52,24 @@ class BuildNative(build_ext):
             print(f"mkf: building without mkf._native, numba takes over ({error})", file=sys.stderr)
 
     def compile_and_link(self, ext: Pybind11Extension) -> None:
+        """Build with the CUDA kernels if nvcc is there and works, else without."""
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            try:
+                return self.compile_and_link_with(ext, nvcc)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("MKF_CUDA") == "1":
+                    raise SystemExit(f"MKF_CUDA=1, but nvcc failed: {error}") from error
+                print(f"mkf: building without the CUDA kernels, nvcc failed ({error})", file=sys.stderr)
+        self.compile_and_link_with(ext, None)
+
+    def compile_and_link_with(self, ext: Pybind11Extension, nvcc: str | None) -> None:
         """Compile every source with the flags of its file name and link them."""
+        objects = self.compile_cuda(nvcc) if nvcc else []
         flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized", *self.openmp()]
         macros = [("MKF_X86", None)] if X86 else []
-        objects = []
+        if nvcc:
+            macros.append(("MKF_WITH_CUDA", None))
         for source in ext.sources:
             isa = Path(source).stem.removeprefix("cpu_")
             if isa in ("avx2", "avx512") and not X86:
@@ -67,9 +81,35 @@ class BuildNative(build_ext):
                 include_dirs=ext.include_dirs,
                 extra_postargs=flags + INSTRUCTION_SETS.get(isa, []),
             )
-        self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=self.openmp(), target_lang="c++"
-        )
+        library = self.get_ext_fullpath(ext.name)
+        if nvcc:  # it knows where its static runtime is
+            Path(library).parent.mkdir(parents=True, exist_ok=True)
+            host = ",".join(["-fPIC", *self.openmp()])
+            self.spawn_nvcc([nvcc, "-shared", "-cudart", "static", "-Xcompiler", host, *objects, "-o", library])
+        else:
+            self.compiler.link_shared_object(objects, library, extra_postargs=self.openmp(), target_lang="c++")
+
+    def compile_cuda(self, nvcc: str) -> list[str]:
+        """The objects of the .cu files, each with machine code for `GPU_ARCHITECTURES` and PTX for what comes after."""
+        targets = []
+        for arch in GPU_ARCHITECTURES:
+            code = f"[sm_{arch},compute_{arch}]" if arch == GPU_ARCHITECTURES[-1] else f"sm_{arch}"
+            targets += ["-gencode", f"arch=compute_{arch},code={code}"]
+        objects = []
+        for source in sorted(Path("csrc").rglob("*.cu")):
+            target = Path(self.build_temp, source).with_suffix(".cuda.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            self.spawn_nvcc(
+                [nvcc, "-O3", "-std=c++17", "--threads", "0", *host, *targets, "-c", str(source), "-o", str(target)]
+            )
+            objects.append(str(target))
+        return objects
+
+    def spawn_nvcc(self, command: list[str]) -> None:
+        """Run one command, showing it."""
+        print(" ".join(command))
+        subprocess.run(command, check=True)
 
     def openmp(self) -> list[str]:
         """The flag for OpenMP if this compiler takes it; without it kernels run on one thread."""
@@ -89,7 +129,7 @@ native = Pybind11Extension(
     "mkf._native",
     sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
     include_dirs=["csrc"],
-    depends=sorted(str(path) for path in Path("csrc").rglob("*.h*")),
+    depends=sorted(str(path) for pattern in ("*.h*", "*.cu*") for path in Path("csrc").rglob(pattern)),
     optional=True,
 )
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})

@@ -63,4 +63,26 @@ PYBIND11_MODULE(_native, m) {
         py::arg("col_stride"), py::arg("k"), py::arg("keys"), py::arg("inverse_norms"), py::arg("key_means"),
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("isa"), py::arg("threads"));
+
+#if defined(MKF_WITH_CUDA)
+    m.attr("cuda") = true;
+    m.def(
+        "affine_fit_cuda",
+        [](std::uintptr_t filters, int dtype, std::int64_t count, std::int64_t stride, std::int64_t row_stride,
+           std::int64_t col_stride, int k, std::uintptr_t keys, std::uintptr_t inverse_norms, std::uintptr_t key_means,
+           int keys_count, int best, bool positive, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift,
+           std::uintptr_t residual, int device, std::uintptr_t stream) {
+            const auto problem =
+                affine_fit_problem(filters, dtype, count, stride, row_stride, col_stride, k, keys, inverse_norms,
+                                   key_means, keys_count, best, positive, index, scale, shift, residual);
+            py::gil_scoped_release release;
+            mkf::affine_fit_cuda(problem, device, pointer<void>(stream));
+        },
+        py::arg("filters"), py::arg("dtype"), py::arg("count"), py::arg("stride"), py::arg("row_stride"),
+        py::arg("col_stride"), py::arg("k"), py::arg("keys"), py::arg("inverse_norms"), py::arg("key_means"),
+        py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
+        py::arg("shift"), py::arg("residual"), py::arg("device"), py::arg("stream"));
+#else
+    m.attr("cuda") = false;
+#endif
 }

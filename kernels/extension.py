@@ -5,7 +5,7 @@ import os
 from functools import cache
 from typing import Any
 
-import torch  # noqa: F401  (torch first: it brings the OpenMP runtime that the extension then shares)
+import torch
 
 ISAS = ("avx512", "avx2", "portable")  # the best first
 

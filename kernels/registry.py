@@ -50,6 +50,10 @@ class Implementation:
 IMPLEMENTATIONS = (  # for each operator in the order of preference
     Implementation("affine_fit", "native", ("cpu",), "C++: AVX-512, AVX2 or portable, chosen at run time"),
     Implementation("affine_fit", "numba", ("cpu",), "numba, for a CPU without the compiled extension"),
+    Implementation("affine_fit", "cuda", ("cuda",), "CUDA C++, for NVIDIA GPUs"),
+    Implementation(
+        "affine_fit", "triton", ("cuda",), "Triton, for NVIDIA GPUs without the CUDA kernels and for AMD GPUs"
+    ),
     Implementation("affine_fit", "reference", (), "PyTorch, the readable definition, on any device"),
 )
 

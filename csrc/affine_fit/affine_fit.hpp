@@ -29,6 +29,9 @@ struct AffineFit {
 // One processor: `isa` is a level that cpu_runs() accepts.
 void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads);
 
+// An NVIDIA GPU: all pointers are the device's. Returns when the work is queued on `stream` (a cudaStream_t).
+void affine_fit_cuda(const AffineFit& problem, int device, void* stream);
+
 // The keys once more, tap by tap, so that one tap of neighbouring keys is one load: (k * k, padded), zeros at the end.
 struct KeysByTap {
     const float* values;

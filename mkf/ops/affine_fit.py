@@ -130,9 +130,11 @@ def _prepare(keys: Tensor) -> FitKeys:
     mean = q.mean(1, keepdim=True)
     centred = q - mean
     norm = centred.norm(dim=1)
-    usable = norm > 1e-7 * q.norm(dim=1)  # float32 rounding of a constant; also false for NaN and for zero
-    if not (usable & norm.isfinite()).all():
-        bad = (~(usable & norm.isfinite())).nonzero().flatten().tolist()
+    # Below float32's rounding of a constant; the comparison is also false for NaN and for zero.
+    usable = (norm > 1e-7 * q.norm(dim=1)) & norm.isfinite()
+    recording = q.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing may wait for the GPU
+    if not recording and not usable.all():
+        bad = (~usable).nonzero().flatten().tolist()
         raise ValueError(f"keys {bad} are constant or not finite, so no filter can be a scaled copy of them")
     unit = centred / norm[:, None]
     return FitKeys(unit.float(), norm.reciprocal().float(), mean.flatten().float())
