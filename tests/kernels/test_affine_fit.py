@@ -70,7 +70,7 @@ def test_every_float16_value(fit):
     assert_agrees([x[finite] for x in result], filters[finite].double(), keys)
 
 
-@pytest.mark.parametrize("offset", [1e2, -1e4, 1e6])
+@pytest.mark.parametrize("offset", [1e2, -1e4, 3e4, 1e5, -3e5, 1e6])
 def test_a_common_offset_costs_nothing(fit, offset):
     filters, keys = noise(500, 7, 7) + offset, noise(8, 7, 7, seed=1)
     assert_agrees(fit(filters, keys), filters, keys)
@@ -100,10 +100,11 @@ def test_tiny_and_huge_filters(fit, size):
     np.testing.assert_allclose(scale, a[rows, index].astype(np.float32), rtol=1e-5, atol=1e-44)
 
 
-def test_constant_filters_are_dead(fit):
-    values = torch.tensor([0.0, -0.0, 1.0, 0.1, -1e-40, 3e38, 16777217.0])
-    filters = values[:, None, None].expand(-1, 7, 7)
-    index, scale, shift, residual = fit(filters, noise(8, 7, 7))
+@pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
+def test_constant_filters_are_dead(fit, k):
+    values = torch.cat([torch.tensor([0.0, -0.0, 1.0, -1e-40, 3e38, 16777217.0]), noise(1000), 1e-20 * noise(50)])
+    filters = values[:, None, None].expand(-1, k, k)
+    index, scale, shift, residual = fit(filters, noise(8, k, k))
     assert (index == 0).all()
     assert (scale == 0).all()
     assert (residual == 0).all()
@@ -130,6 +131,9 @@ def test_equal_keys_go_to_the_lowest_index(fit):
     assert fit(filters, keys).index.tolist() == [0, 1, 1, 3, 0] * 2
     best = fit(filters[:2], keys, topk=3)
     assert best.index[:, :2].tolist() == [[0, 4], [1, 2]]
+    # A better key moves two equal ones down: the lower of them stays ahead.
+    mixture = (keys[3] + 0.3 * keys[0])[None]
+    assert fit(mixture, keys[[0, 0, 3]], topk=2).index.tolist() == [[2, 0]]
 
 
 def test_nearly_tied_keys(fit):
