@@ -6,7 +6,7 @@ layers' and a bank's the sum of its models'. Memory grows with layers x keys, ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mkf.bank import UNTRAINED
 from mkf.ops.affine_fit import affine_fit
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Analysis:
         left_out: Filters of another kernel size than the keys', which were not analysed: kernel size -> number.
         noise_correlation: Mean |correlation| of white-noise filters with their best key: what chance alone gives.
         sample: Live filters for the figures, float32 (M, k, k): a uniform random sample of at most 256 for each key.
+            Models that are controls, by a name that ends in `-untrained`, give none unless all models are such.
     """
 
     keys: KeySet
@@ -282,8 +284,9 @@ def analyse(
     layers: dict[str, dict[str, LayerStatistics]] = {}
     sample = _Sample(len(keys), k)
     done = 0
+    shown = [model for model in bank.models if not model.endswith(UNTRAINED)] or bank.models
     for batch in bank.batches(_BATCH_ROWS):
-        _count(layers, sample, batch, keys, control)
+        _count(layers, sample, shown, batch, keys, control)
         done += len(batch)
         if progress is not None:
             progress(done, len(bank))
@@ -359,17 +362,23 @@ class _Sample:
 
 
 def _count(
-    layers: dict[str, dict[str, LayerStatistics]], sample: _Sample, batch: FilterBank, keys: KeySet, control: KeySet
+    layers: dict[str, dict[str, LayerStatistics]],
+    sample: _Sample,
+    shown: Sequence[str],
+    batch: FilterBank,
+    keys: KeySet,
+    control: KeySet,
 ) -> None:
-    """Add the filters of one batch to the tallies of their layers and offer the live ones to the sample."""
+    """Add the filters of one batch to the tallies of their layers and offer the live ones of `shown` to the sample."""
     fit = affine_fit(batch.filters, keys)
     index, scale, residual = fit.index.numpy(), fit.scale.numpy(), fit.residual.numpy()
     control_residual = affine_fit(batch.filters, control).residual.numpy()
     finite = index >= 0
     live = finite & ~((scale == 0) & (residual == 0))
-    sample.add(batch.filters[torch.from_numpy(live)], index[live])
-
     metadata = batch.metadata
+    sampled = live & np.isin(metadata["model"].to_numpy(), shown)
+    sample.add(batch.filters[torch.from_numpy(sampled)], index[sampled])
+
     channel = metadata["channel"].to_numpy()
     for rows, model, name, depth, normalised_depth in _by_layer(metadata):
         on = rows[live[rows]]

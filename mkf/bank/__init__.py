@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mkf.bank.checkpoint import SUFFIXES
 from mkf.bank.filter_bank import FilterBank
-from mkf.bank.schema import Layer
+from mkf.bank.schema import UNTRAINED, Layer
 
-__all__ = ["FilterBank", "Layer", "load"]
+__all__ = ["UNTRAINED", "FilterBank", "Layer", "load"]
 
 
 def load(source: str, pretrained: bool = True) -> FilterBank:

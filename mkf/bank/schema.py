@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
+UNTRAINED = "-untrained"  # ends the name of a model whose filters were taken before training, as a control
 METADATA = ("model", "layer", "depth", "normalised_depth", "channel", "kernel_size", "stride", "source", "licence")
 COLUMNS = ("filter", *METADATA)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mkf.bank import FilterBank
+from mkf.bank import UNTRAINED, FilterBank
 from mkf.train.config import TrainConfig
 from mkf.train.model import build_model
 
@@ -23,7 +23,7 @@ def learned_filters(*runs: str | Path, licence: str = "") -> FilterBank:
     """
     banks = []
     for run in map(Path, runs):
-        for file, name in (("model.safetensors", run.name), ("initial.safetensors", f"{run.name}-untrained")):
+        for file, name in (("model.safetensors", run.name), ("initial.safetensors", f"{run.name}{UNTRAINED}")):
             banks.append(_filters(run / file, name, licence))
     return FilterBank.concat(banks)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import mkf
 from mkf.analysis import analyse, statistics
 from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally, histogram_quantiles
-from mkf.bank import FilterBank
+from mkf.bank import FilterBank, Layer
 
 from .banks import bank_of, noise, shifted
 
@@ -138,6 +138,16 @@ def test_batches_change_nothing(on_disk: bool, tmp_path: Path, monkeypatch: pyte
     assert one["total"].pop("mean_correlation") == pytest.approx(other["total"].pop("mean_correlation"), rel=1e-12)
     assert one["total"] == other["total"]
     assert torch.equal(whole.sample, batched.sample)
+
+
+def test_controls_are_counted_but_not_shown() -> None:
+    trained, untrained = shifted(KEYS, [0, 1]), noise(5, 7, 7)
+    banks = {"net": bank_of(trained), "net-untrained": bank_of(untrained)}
+    named = {name: FilterBank.from_layers([Layer("0", bank.filters)], name) for name, bank in banks.items()}
+    both = analyse(FilterBank.concat(named.values()), KEYS)
+    assert both.tally.filters == 7
+    assert len(both.sample) == 2
+    assert len(analyse(named["net-untrained"], KEYS).sample) == 5
 
 
 def test_the_sample_is_bounded_and_holds_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
