@@ -8,7 +8,7 @@
 from mkf import bank, keys, ops
 from mkf.bank import FilterBank
 from mkf.keys import KeySet
-from mkf.ops import AffineFit, affine_fit
+from mkf.ops import AffineFit, FitStatistics, affine_fit, fit_statistics
 
 __version__ = "0.1.0"
-__all__ = ["AffineFit", "FilterBank", "KeySet", "affine_fit", "bank", "keys", "ops"]
+__all__ = ["AffineFit", "FilterBank", "FitStatistics", "KeySet", "affine_fit", "bank", "fit_statistics", "keys", "ops"]
