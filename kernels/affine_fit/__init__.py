@@ -8,9 +8,11 @@ with `filters` (N, k, k) in float32, float64, bfloat16 or float16 and with any s
 the same device, and four contiguous outputs (N, m), int32 and three times float32, for the m best keys.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from mkf.kernels.extension import DTYPES
 
 
 class FitKeys(NamedTuple):
@@ -25,3 +27,29 @@ class FitKeys(NamedTuple):
     unit: Tensor
     inverse_norm: Tensor
     mean: Tensor
+
+
+def problem(
+    filters: Tensor, keys: FitKeys, positive: bool, index: Tensor, scale: Tensor, shift: Tensor, residual: Tensor
+) -> dict[str, Any]:
+    """The same as addresses, sizes and strides: the arguments that the extension's functions have in common."""
+    count, best = index.shape
+    return {
+        "filters": filters.data_ptr(),
+        "dtype": DTYPES[filters.dtype],
+        "count": count,
+        "stride": filters.stride(0),
+        "row_stride": filters.stride(1),
+        "col_stride": filters.stride(2),
+        "k": filters.shape[1],
+        "keys": keys.unit.data_ptr(),
+        "inverse_norms": keys.inverse_norm.data_ptr(),
+        "key_means": keys.mean.data_ptr(),
+        "keys_count": len(keys.unit),
+        "best": best,
+        "positive": positive,
+        "index": index.data_ptr(),
+        "scale": scale.data_ptr(),
+        "shift": shift.data_ptr(),
+        "residual": residual.data_ptr(),
+    }

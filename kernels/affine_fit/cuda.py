@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mkf.kernels import extension
-from mkf.kernels.affine_fit import FitKeys
+from mkf.kernels.affine_fit import FitKeys, problem
 
 OLDEST = (8, 0)  # compute capability
 
@@ -32,26 +32,9 @@ def affine_fit(
     filters: Tensor, keys: FitKeys, positive: bool, index: Tensor, scale: Tensor, shift: Tensor, residual: Tensor
 ) -> None:
     """See `mkf.kernels.affine_fit`. Queues the work on the current stream of the filters' device and returns."""
-    count, best = index.shape
     with torch.cuda.device(filters.device):
         extension.native().affine_fit_cuda(
-            filters=filters.data_ptr(),
-            dtype=extension.DTYPES[filters.dtype],
-            count=count,
-            stride=filters.stride(0),
-            row_stride=filters.stride(1),
-            col_stride=filters.stride(2),
-            k=filters.shape[1],
-            keys=keys.unit.data_ptr(),
-            inverse_norms=keys.inverse_norm.data_ptr(),
-            key_means=keys.mean.data_ptr(),
-            keys_count=len(keys.unit),
-            best=best,
-            positive=positive,
-            index=index.data_ptr(),
-            scale=scale.data_ptr(),
-            shift=shift.data_ptr(),
-            residual=residual.data_ptr(),
+            **problem(filters, keys, positive, index, scale, shift, residual),
             device=torch.cuda.current_device(),
             stream=torch.cuda.current_stream().cuda_stream,
         )

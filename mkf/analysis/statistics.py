@@ -17,6 +17,7 @@ import torch
 
 from mkf.bank import UNTRAINED
 from mkf.ops.affine_fit import affine_fit
+from mkf.ops.fit_statistics import histogram_quantile
 
 if TYPE_CHECKING:
     from mkf.bank import FilterBank
@@ -107,12 +108,12 @@ class Tally:
     @property
     def residual_quantiles(self) -> Array:
         """Quantiles `QUANTILES` of the live filters' residuals, float64 (5,); NaN where no filter is live."""
-        return histogram_quantiles(self.residuals)
+        return histogram_quantile(self.residuals, QUANTILES)
 
     @property
     def control_quantiles(self) -> Array:
         """The same for the random keys."""
-        return histogram_quantiles(self.control_residuals)
+        return histogram_quantile(self.control_residuals, QUANTILES)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON types; see `Analysis.to_dict`."""
@@ -310,31 +311,6 @@ def noise_correlation(keys: KeySet) -> float:
 def key_labels(keys: KeySet) -> list[str]:
     """What to print beside a key's number: its kind, or its name where no kind is known."""
     return [kind or name for kind, name in zip(keys.kinds, keys.names, strict=True)]
-
-
-def histogram_quantiles(histogram: Array) -> Array:
-    """Quantiles `QUANTILES` of numbers in [0, 1] from their histogram over equal bins.
-
-    As `numpy.quantile` (linear between order statistics) with every number moved to the middle of its bin, so exact to
-    half a bin width.
-
-    Args:
-        histogram: Counts, integers (bins,).
-
-    Returns:
-        float64 (5,); NaN where the histogram is empty.
-    """
-    total = int(histogram.sum())
-    if total == 0:
-        return np.full(len(QUANTILES), np.nan)
-    rank = np.array(QUANTILES) * (total - 1)
-    below = np.floor(rank)
-    lower, upper = (
-        (np.searchsorted(histogram.cumsum(), order, side="right") + 0.5) / len(histogram)
-        for order in (below, np.ceil(rank))
-    )
-    quantiles: Array = lower + (rank - below) * (upper - lower)
-    return quantiles
 
 
 class _Sample:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import mkf
 from mkf.analysis import analyse, statistics
-from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally, histogram_quantiles
+from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally
 from mkf.bank import FilterBank, Layer
+from mkf.ops.fit_statistics import histogram_quantile
 
 from .banks import bank_of, noise, shifted
 
@@ -174,7 +175,9 @@ def test_models_are_summed() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60))
 def test_histogram_quantiles_are_numpys_to_half_a_bin(values: list[float]) -> None:
     histogram = np.bincount(np.minimum((np.array(values) * 64).astype(int), 63), minlength=64)
-    assert histogram_quantiles(histogram) == pytest.approx(np.quantile(values, QUANTILES), abs=0.5 / 64 + 1e-9)
+    assert histogram_quantile(histogram, QUANTILES) == pytest.approx(
+        np.quantile(values, QUANTILES), abs=0.5 / 64 + 1e-9
+    )
 
 
 def test_white_noise() -> None:
