@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
+FILTERED = ("model", "layer", "stride")  # the columns that conditions are on
+_BUFFER = 1 << 16  # bytes of a column that are read from the file at a time
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -68,9 +71,25 @@ class Shard:
             yield from self.data.select(columns).to_batches(max_chunksize=rows)
             return
         with self._named_errors():
-            yield from self.data.to_batches(
-                columns=list(columns), filter=self.condition, batch_size=rows, batch_readahead=2, fragment_readahead=1
-            )
+            for fragment in self.data.get_fragments(filter=self.condition):
+                yield from self._read_file(fragment, columns, rows)
+
+    def _read_file(
+        self, fragment: ds.ParquetFileFragment, columns: Sequence[str], rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Read one file as a stream: Arrow's own scanner of data sets holds some row groups of every file, decoded."""
+        import pyarrow.parquet as pq
+
+        condition, needed = self.condition, list(columns)
+        if condition is not None:
+            fragment = fragment.subset(filter=condition, schema=self.data.schema)  # row groups that may hold a match
+            needed = list(dict.fromkeys([*columns, *FILTERED]))
+        with pq.ParquetFile(
+            fragment.path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
+        ) as file:
+            groups = [group.id for group in fragment.row_groups]
+            for batch in file.iter_batches(rows, row_groups=groups, columns=needed, use_threads=False):
+                yield (batch if condition is None else batch.filter(condition)).select(list(columns))
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ def affine_fit(
         and keys, at the chosen key.
 
     Raises:
-        ValueError: Shapes that are no filters or do not fit together, no filter, keys that are not finite or constant.
+        ValueError: Shapes that are no filters or do not fit together, an empty bank, constant or not finite keys.
         TypeError: A dtype that is no floating-point number.
         BackendError: The implementation asked for cannot run there.
     """
@@ -107,7 +107,7 @@ def _filters(filters: Any) -> Tensor:
         raise ValueError(
             f"filters have shape {tuple(f.shape)}: expected (N, k, k) or (N, k*k) with k one of {KERNEL_SIZES}{hint}"
         )
-    if len(f) == 0:
+    if len(f) == 0 and hasattr(filters, "filters"):
         raise ValueError("there are no filters to fit: the bank is empty")
     return f
 
@@ -143,6 +143,8 @@ def _prepare(keys: Tensor) -> FitKeys:
 def _run(filters: Tensor, keys: Tensor, topk: int, positive: bool, backend: str) -> tuple[Tensor, ...]:
     scale, shift, residual, index = _empty(filters, keys, topk, positive, backend)
     implementation = choose("affine_fit", filters.device, backend or None)
+    if filters.shape[0] == 0:
+        return scale, shift, residual, index
     implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, index, scale, shift, residual)
     return scale, shift, residual, index
 

@@ -61,7 +61,7 @@ def test_key_sets_and_banks(filters):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((0, 7, 7), "no filters"), ((3, 7, 5), "expected"), ((3, 4, 4), "expected"), ((3, 13, 13), "expected"),
+    [((3, 7, 5), "expected"), ((3, 4, 4), "expected"), ((3, 13, 13), "expected"),
      ((3, 1, 7, 7), "weight"), ((3, 48), "expected"), ((7,), "expected"), ((3, 5, 5), r"5x5 but keys are 7x7")],
 )  # fmt: skip
 def test_filters_that_are_none(shape, message, keys):
@@ -80,6 +80,17 @@ def test_keys_that_fit_nothing(filters, keys, value):
     keys[2] = value
     with pytest.raises(ValueError, match=r"keys \[2\] are constant or not finite"):
         mkf.affine_fit(filters, keys)
+
+
+def test_no_filters(filters, keys):
+    fit = mkf.affine_fit(filters[:0], keys, topk=2)
+    assert [(x.shape, x.dtype) for x in fit] == [((0, 2), torch.int32), *[((0, 2), torch.float32)] * 3]
+    assert mkf.affine_fit(filters[:0].numpy(), keys).index.shape == (0,)
+    empty = filters[:0].clone().requires_grad_()
+    mkf.affine_fit(empty, keys).residual.sum().backward()
+    assert empty.grad.shape == (0, 7, 7)
+    with pytest.raises(ValueError, match="the bank is empty"):
+        mkf.affine_fit(mkf.FilterBank.embedded().select(k=7, model="none such"), keys)
 
 
 def test_options_that_are_none(filters, keys, monkeypatch):

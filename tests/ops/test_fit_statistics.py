@@ -269,10 +269,15 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(40, 100), (80, 100), (100, 100)]
 
 
+def test_no_filters() -> None:
+    statistics = fit_statistics(torch.empty(0, 7, 7), KEYS)
+    assert statistics.filters.tolist() == [0]
+    assert np.isnan(statistics.mean).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"filters": torch.empty(0, 7, 7)}, ValueError, "no filters"),
         ({"filters": FilterBank.concat([])}, ValueError, "empty"),
         ({"filters": bank_of_layers()}, ValueError, r"mixes kernel sizes \(5x5, 7x7\)"),
         ({"filters": noise(3, k=5)}, ValueError, "filters are 5x5 but keys are 7x7"),
