@@ -1,12 +1,13 @@
 # make demo   the main job on the filters that come with mkf
 # make test   all tests
+# make bench  the fit against its peers on this machine
 # Each is enough by itself on a fresh machine: it makes .venv and installs into it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mkf env
@@ -14,6 +15,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/mkf bench fit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
