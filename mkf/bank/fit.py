@@ -150,7 +150,8 @@ def _batch(fit: AffineFit, metadata: pa.Table | None, schema: pa.Schema) -> pa.R
 
 def _description(keys: Any, sign: str, topk: int | None) -> dict[str, Any]:
     """What was fitted to: numbers as float32 holds them, names as far as the keys have any."""
-    known = {name: getattr(keys, name, None) for name in ("names", "kinds", "provenance", "licence")}
+    is_set = hasattr(keys, "filters")  # a tensor may have names too, those of its dimensions
+    known = {name: getattr(keys, name) if is_set else None for name in ("names", "kinds", "provenance", "licence")}
     numbers = torch.as_tensor(getattr(keys, "filters", keys)).float()
     return {
         "format": FORMAT,
