@@ -36,6 +36,8 @@ def candidates(filters: Tensor, keys: Tensor, names: Iterable[str] | None = None
             found[name] = partial(make(keys.flatten(1)), filters)
     if names is not None:
         wanted = tuple(names)
+        if not any(name.startswith(wanted) for name in found):
+            raise ValueError(f"no candidate's name starts with {' or '.join(wanted)}; there are {', '.join(found)}")
         found = {name: run for name, run in found.items() if name == READ or name.startswith(wanted)}
     return found
 

@@ -1,4 +1,4 @@
-"""Master key filters: fit, search and run depthwise convolutions that share eight keys.
+"""Master key filters: collect depthwise filters and fit them to the eight keys they are copies of.
 
 >>> keys = mkf.keys.paper8()
 >>> bank = mkf.FilterBank.from_model(model)

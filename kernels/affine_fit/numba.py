@@ -1,6 +1,7 @@
 """The affine fit with numba, for a CPU without the compiled extension."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -80,7 +81,14 @@ def _compiled(threads: int) -> Callable[..., None]:
 
     compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract"}, nogil=True, cache=True)(fit)
 
+    process = os.getpid()
+
     def run(*args: Any) -> None:
+        if os.getpid() != process:  # GNU OpenMP would end the process without a word of Python
+            raise RuntimeError(
+                "numba's threads do not survive a fork: start workers with the method 'spawn', or fit with "
+                "backend='reference'"
+            )
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         compiled(*args)
 

@@ -277,7 +277,8 @@ def analyse(
     if k not in bank.kernel_sizes:
         found = ", ".join(f"{number} of {_size(other)}" for other, number in left_out.items())
         raise ValueError(
-            f"the keys are {_size(k)} but the bank holds only other sizes ({found}): choose keys of that size"
+            f"the keys are {_size(k)} but the bank holds only other sizes ({found}): choose keys of that size, "
+            "as analytic:B:5 (mkf.keys.analytic('B', 5)) are 5x5"
         )
     if left_out:
         bank = bank.select(k=k)

@@ -22,6 +22,8 @@ def load(source: str, pretrained: bool = True) -> FilterBank:
         ValueError: See `FilterBank.open`, `from_checkpoint` and `from_timm`.
         OSError: See `FilterBank.from_timm`.
     """
+    if not source:
+        raise ValueError("a source of filters is empty: name a bank, a checkpoint file or a model of timm")
     if source == "embedded":
         return FilterBank.embedded()
     path = Path(source).expanduser()

@@ -25,6 +25,11 @@ def depthwise_layers(model: nn.Module) -> Extraction:
     Raises:
         ValueError: The model has no depthwise filter of a size a bank holds.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"from_model takes a torch module, not a {type(model).__name__}; names of timm go to from_timm, files to "
+            "from_checkpoint"
+        )
     model = unwrap(model)
     layers, skipped, convolutions = [], [], 0
     for name, module in model.named_modules():

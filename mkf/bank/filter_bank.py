@@ -314,7 +314,7 @@ def _filters_tensor(shards: list[Shard], k: int, rows: int) -> torch.Tensor:
     if len(shards) == 1 and shards[0].in_memory and shards[0].data["filter"].num_chunks == 1:
         # DLPack, since torch warns of the read-only arrays that Arrow gives to numpy.
         return torch.from_dlpack(shards[0].data["filter"].chunk(0).flatten()).view(rows, k, k)
-    filters = torch.empty(rows, k, k)
+    filters = torch.empty(rows, k, k, device="cpu")
     flat, start = filters.view(-1).numpy(), 0
     for shard in shards:
         for batch in shard.read(["filter"], READ_ROWS):

@@ -46,7 +46,7 @@ def create(name: str, pretrained: bool) -> Created:
         raise (HubUnreachableError if unreachable else HubError)(
             f"could not fetch the weights of {name} from {_location(name)} "
             f"({str(error).strip() or type(error).__name__}); bring the file from elsewhere and pass its path "
-            "instead of the name: FilterBank.from_checkpoint(path)"
+            "instead of the name (in Python: FilterBank.from_checkpoint(path))"
         ) from error
     config = model.pretrained_cfg
     full_name = f"{config['architecture']}.{config['tag']}" if config.get("tag") else name

@@ -77,7 +77,7 @@ def save(shards: Iterable[Shard], path: str | os.PathLike[str]) -> None:
     """
     root = _resolve(path)
     _finish_replacement(root)
-    _refuse_other_things(root)
+    refuse_other_things(root)
     staging = root.with_name(f".{root.name}.saving-{uuid.uuid4().hex[:8]}")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,8 @@ def _replace(root: Path, staging: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _refuse_other_things(root: Path) -> None:
+def refuse_other_things(root: Path) -> None:
+    """Raise FileExistsError for a path where a bank must not be written, because something else is there."""
     if root.is_dir() and not is_bank(root) and any(root.iterdir()):
         raise FileExistsError(f"{root} holds other files and no bank; choose a new folder, nothing was written")
     if root.exists() and not root.is_dir():

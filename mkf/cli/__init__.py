@@ -9,7 +9,7 @@ from mkf.cli import analyze, bank, bench, env, fit, train
 
 app = typer.Typer(
     name="mkf",
-    help="Master key filters: fit, search and run depthwise convolutions that share eight keys.",
+    help="Master key filters: collect depthwise filters and fit them to the eight keys they are copies of.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

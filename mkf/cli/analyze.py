@@ -53,6 +53,8 @@ def command(
 
         if out is not None and out.exists() and not out.is_dir():
             raise NotADirectoryError(f"{out} is not a folder: --out names the folder to write into")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)  # now, and not after all the work
         key_set = parse(keys)
         bars = (
             SpinnerColumn(),

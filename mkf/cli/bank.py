@@ -46,17 +46,25 @@ def build(
 
 
 @app.command("info")
-def info(folder: Annotated[Path, typer.Argument(metavar="BANK", help="Folder of a saved bank.")]) -> None:
+def info(
+    folder: Annotated[
+        Path, typer.Argument(metavar="BANK", help="Folder of a saved bank, or embedded: the one that comes with mkf.")
+    ],
+) -> None:
     """Print which models a bank holds, with how many layers and filters, and where they come from."""
+    from mkf.bank.filter_bank import EMBEDDED
+
     with user_errors():
-        _print_models(folder)
+        _print_models(EMBEDDED if str(folder) == "embedded" else folder)
 
 
 def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> None:
     from rich.progress import track
 
     from mkf.bank import FilterBank, load
+    from mkf.bank.storage import refuse_other_things
 
+    refuse_other_things(out)  # now, and not after all the work
     banks = [load(word, pretrained) for word in track(sources, "Collecting filters", console=console)]
     FilterBank.concat(banks).save(out)
 

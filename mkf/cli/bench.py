@@ -38,7 +38,7 @@ def fit(
         if dtype not in affine_fit.DTYPES:
             raise ValueError(f"--dtype {dtype}: use one of {', '.join(affine_fit.DTYPES)}")
         if k not in (3, 5, 7, 9, 11):
-            raise ValueError(f"-k {k}: kernel sizes are 3, 5, 7, 9 and 11")
+            raise ValueError(f"--k {k}: kernel sizes are 3, 5, 7, 9 and 11")
         if threads:
             torch.set_num_threads(threads)
         results = []

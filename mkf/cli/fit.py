@@ -104,7 +104,10 @@ def _of_size(filters: Any, k: int, source: str) -> Any:
         return filters
     if k not in sizes:
         found = ", ".join(f"{size}x{size}" for size in others)
-        raise ValueError(f"the keys are {k}x{k} but {source} holds only filters of {found}: choose keys of that size")
+        raise ValueError(
+            f"the keys are {k}x{k} but {source} holds only filters of {found}: choose keys of that size, "
+            "as analytic:B:5 are 5x5"
+        )
     left_out = ", ".join(f"{len(filters.select(k=size)):,} of {size}x{size}" for size in others)
     warnings.warn(f"left out {left_out}: the keys are {k}x{k}", stacklevel=2)
     return filters.select(k=k)

@@ -62,7 +62,9 @@ def affine_fit(
 
     Returns:
         An `AffineFit` on the device of the filters. Scale, shift and residual have gradients with respect to filters
-        and keys, at the chosen key.
+        and keys (given as a tensor), at the chosen key; by `backward` and `torch.autograd.grad`, not in forward mode.
+        A mean over residuals counts dead filters as 0 and is NaN with a filter that is not finite: `fit_statistics`
+        leaves both out.
 
     Raises:
         ValueError: Shapes that are no filters or do not fit together, an empty bank, constant or not finite keys.
@@ -92,6 +94,8 @@ def _tensor(x: Any, what: str) -> Tensor:
         x = torch.from_numpy(x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: expected a tensor or a numpy array, not {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{what} are not a dense tensor")
     if x.dtype not in DTYPES:
         raise TypeError(f"{what} are {x.dtype}: convert them to float32, float64, bfloat16 or float16")
     return x

@@ -17,6 +17,9 @@ BINS = 1024
 UNIT_BITS = 24
 """Residuals are added up as whole multiples of 2^-24, the spacing of float32 below 1, so no order of adding matters."""
 
+LARGEST = 4 << 30
+"""Bytes of histograms beyond which group labels are taken for something else than small numbers."""
+
 BLOCK = 32_000
 """Fits counted at a time on the CPU: torch uses one thread below 2^15, and what follows stays in cache."""
 
@@ -216,6 +219,12 @@ class FitTally:
 
     def _grow(self, groups: int) -> None:
         room = len(self._table["dead"])
+        size = groups * self._table["histogram"][0].nbytes
+        if size > LARGEST:
+            raise ValueError(
+                f"{groups:,} groups take {size / 2**30:,.0f} GiB of histograms: number the groups from 0, "
+                "or take fewer bins"
+            )
         if groups > room:
             more = max(groups - room, room)
             for name, values in self._table.items():

@@ -143,3 +143,8 @@ def test_a_model_without_depthwise_filters_says_what_it_has() -> None:
 def test_a_model_on_the_meta_device_is_refused() -> None:
     with pytest.raises(ValueError, match="layer '0': its weights are on the meta device"):
         FilterBank.from_model(nn.Sequential(depthwise(device="meta")))
+
+
+def test_what_is_no_module_is_sent_elsewhere() -> None:
+    with pytest.raises(TypeError, match="from_timm"):
+        FilterBank.from_model("convnext_tiny")  # type: ignore[arg-type]

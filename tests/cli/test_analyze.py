@@ -147,3 +147,7 @@ def test_non_finite_filters_are_named(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1 filters" not in result.stdout
     assert "channel 3" in result.stdout
+
+
+def test_an_empty_word_is_no_source() -> None:
+    assert "a source of filters is empty" in refused("")

@@ -22,3 +22,9 @@ def test_bench_fit_refuses_what_it_cannot_time():
     result = CliRunner().invoke(app, ["bench", "fit", "--dtype", "int8"])
     assert result.exit_code == 1
     assert "float32" in result.stderr
+
+
+def test_bench_fit_names_the_candidates_when_none_is_meant():
+    result = CliRunner().invoke(app, ["bench", "fit", "--filters", "10", "--only", "nonsense"])
+    assert result.exit_code == 1
+    assert "mkf native" in result.stderr

@@ -253,3 +253,12 @@ def test_whatever_comes(data):
         assert (result.residual[dead] == 0).all()
         if live.any():
             assert_agrees([x[live] for x in result], filters[live], keys)
+
+
+def test_numba_in_a_forked_worker_says_so(monkeypatch):
+    filters, keys = noise(3, 7, 7), noise(2, 7, 7, seed=1)
+    pytest.importorskip("numba")
+    affine_fit(filters, keys, backend="numba")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="survive a fork"):
+        affine_fit(filters, keys, backend="numba")

@@ -11,6 +11,7 @@ def test_words() -> None:
     assert parse("paper8") == paper8()
     for method in ("A", "B", "C1", "C2", "D1", "D2"):
         assert parse(f"analytic:{method}") == analytic(method)
+        assert parse(f"analytic:{method}:3") == analytic(method, 3)
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -20,11 +21,11 @@ def test_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["paper9", "", "Paper8", "paper8:B", "no/such/file.txt", "."])
 def test_the_error_lists_the_forms(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"give paper8, analytic:METHOD with METHOD one of A, B, C1, C2, D1, D2, or a"):
+    with pytest.raises(ValueError, match=r"analytic:METHOD:k with METHOD one of A, B, C1, C2, D1, D2 and k"):
         parse(spec)
 
 
 @pytest.mark.parametrize("spec", ["analytic", "analytic:", "analytic:E", "analytic:A:B"])
 def test_the_error_lists_the_methods(spec: str) -> None:
-    with pytest.raises(ValueError, match="the methods are A, B, C1, C2, D1, D2"):
+    with pytest.raises(ValueError, match="A, B, C1, C2, D1, D2"):
         parse(spec)

@@ -364,3 +364,8 @@ def test_memory_does_not_grow_with_the_filters(tmp_path: Path) -> None:
     done, kilobytes = map(int, subprocess.run(script, capture_output=True, text=True, check=True).stdout.split())
     assert done == count
     assert kilobytes < 50_000  # the filters have 196 MB
+
+
+def test_labels_that_are_no_small_numbers() -> None:
+    with pytest.raises(ValueError, match="number the groups from 0"):
+        fit_statistics(noise(3), KEYS, groups=torch.tensor([0, 1, 10**9]))
