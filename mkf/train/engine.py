@@ -16,7 +16,7 @@ from torch import nn
 
 from mkf.train.config import TrainConfig
 from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, loaders
-from mkf.train.model import build_model
+from mkf.train.model import build_model, find_model
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class _Run:
 
         self.config = config
         self.device = _device(config.device)
+        find_model(config.model)  # a wrong name is told before the images are read
         train_set = ParquetImages(config.data, TRAIN_SPLITS)
         test_set = ParquetImages(config.data, TEST_SPLITS)
         self.classes = int(max(train_set.labels.max(), test_set.labels.max())) + 1

@@ -10,27 +10,33 @@ from torch import nn
 from mkf.train.config import TrainConfig
 
 
-def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Return the untrained model of a configuration; its weights follow torch's seed.
+def find_model(name: str) -> Callable[..., nn.Module]:
+    """Return what builds the model of a name.
 
     Raises:
-        ValueError: timm has no such model, or the model does not take the arguments or the image size.
+        ValueError: timm has no such model; near names are suggested.
     """
     import timm
 
     classes = {
         name: item for name, item in vars(timm.models).items() if isinstance(item, type) and issubclass(item, nn.Module)
     }
-    create: Callable[..., nn.Module]
-    if config.model in classes:
-        create = classes[config.model]
-    elif timm.is_model(config.model):
-        create = partial(timm.create_model, config.model)
-    else:
-        near = get_close_matches(config.model, [*timm.list_models(), *classes], n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no model {config.model!r}{hint}")
+    if name in classes:
+        return classes[name]
+    if timm.is_model(name):
+        return partial(timm.create_model, name)
+    near = get_close_matches(name, [*timm.list_models(), *classes], n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(f"timm has no model {name!r}{hint}")
 
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Return the untrained model of a configuration; its weights follow torch's seed.
+
+    Raises:
+        ValueError: timm has no such model, or the model does not take the arguments or the image size.
+    """
+    create = find_model(config.model)
     kwargs = dict(config.model_kwargs, num_classes=num_classes)
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
