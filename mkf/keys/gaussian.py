@@ -1,8 +1,8 @@
 """The eight keys as derivatives of discrete Gaussians."""
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from mkf.keys.family import KINDS as FAMILY
 from mkf.keys.key_set import KeySet, check_size
 from mkf.keys.published import KINDS, NAMES
 
@@ -31,6 +31,18 @@ SCALES = {
 
 ALPHA = 0.5256  # weight of the Laplacian in key 7
 
+# Kind and sign of keys 1 to 8.
+_MEMBERS = (
+    ("one-sided difference in y, below", 1),
+    ("one-sided difference in x, right", 1),
+    ("one-sided difference in y, above", 1),
+    ("one-sided difference in x, left", 1),
+    ("central difference in x", -1),
+    ("central difference in y", 1),
+    ("difference of Gaussians", 1),
+    ("Gaussian", 1),
+)
+
 
 def analytic(method: str, k: int = 7) -> KeySet:
     """The eight keys as scale-space derivatives, (8, k, k).
@@ -58,46 +70,15 @@ def analytic(method: str, k: int = 7) -> KeySet:
     if method not in SCALES:
         raise ValueError(f"no analytic keys called {method!r}: the methods are {', '.join(SCALES)}")
     check_size(len(NAMES), k)
+    kinds = {kind.name: kind for kind in FAMILY}
+    keys = []
+    for (name, sign), s_x, s_y in zip(_MEMBERS, *SCALES[method], strict=True):
+        second = s_y**2 if kinds[name].separable else ALPHA / (1 + ALPHA)
+        parameters = torch.tensor([[s_x**2, second]], dtype=torch.float64, device="cpu")
+        keys.append(sign * kinds[name].members(parameters, k)[0, 0])
     return KeySet(
-        np.stack([_key(name, s_x, s_y, k) for name, s_x, s_y in zip(NAMES, *SCALES[method], strict=True)]),
+        torch.stack(keys),
         NAMES,
         KINDS,
         provenance=f"discrete Gaussian derivatives, method {method} of Lindeberg, Babaiee, Kiasari, arXiv 2509.12746",
     )
-
-
-def _key(name: str, s_x: float, s_y: float, k: int) -> NDArray[np.float64]:
-    """One key of `analytic`, (k, k), before it is scaled."""
-    n = np.arange(k) - k // 2
-    # _m and _p: the Gaussian at n - 1 and n + 1, that is, moved by a pixel towards greater and smaller n
-    x_m, x, x_p = (discrete_gaussian(n + step, s_x) for step in (-1, 0, 1))
-    y_m, y, y_p = (discrete_gaussian(n + step, s_y) for step in (-1, 0, 1))
-    match name:
-        case "1":
-            return np.outer(y_m - y, x)
-        case "2":
-            return np.outer(y, x_m - x)
-        case "3":
-            return np.outer(y_p - y, x)
-        case "4":
-            return np.outer(y, x_p - x)
-        case "5":
-            return np.outer(y, x_p - x_m) / 2
-        case "6":
-            return np.outer(y_m - y_p, x) / 2
-        case "7":
-            delta = np.outer(n == 0, n == 0)
-            return delta - ALPHA * (np.outer(y_p - 2 * y + y_m, x) + np.outer(y, x_p - 2 * x + x_m))
-        case _:  # "8"
-            return np.outer(y, x)
-
-
-def discrete_gaussian(n: NDArray[np.int_], s: float) -> NDArray[np.float64]:
-    """T(n; s) = exp(-s^2) I_n(s^2) for |n| <= 8 and 0 <= s <= 2, float64, absolute error of rounding size.
-
-    The discrete Gaussian is the sequence with the Fourier transform exp(s^2 (cos w - 1)); that is smooth and periodic,
-    so sampling it at 64 frequencies and transforming back gives T itself: the error, T(64 - n), is far below rounding.
-    """
-    w = 2 * np.pi * np.arange(33) / 64
-    gaussian: NDArray[np.float64] = np.fft.irfft(np.exp(s**2 * (np.cos(w) - 1)))
-    return gaussian[np.abs(n)]

@@ -7,7 +7,6 @@ import pytest
 from scipy.special import ive
 
 from mkf.keys import KeySet, analytic
-from mkf.keys.gaussian import discrete_gaussian
 
 # (s_x, s_y) of keys 1 to 8, or one s for both, in the layout of the publication.
 PUBLISHED_SCALES = """
@@ -30,12 +29,6 @@ COSINES = {
     "B": (0.837, 0.939, 0.910, 0.906, 0.946, 0.954, 0.997, 0.997),
     "D2": (0.837, 0.944, 0.911, 0.884, 0.926, 0.939, 0.997, 0.997),
 }
-
-
-@pytest.mark.parametrize("s", [0.0, 0.01, 0.38, 0.675, 1.0, 1.387, 2.0])
-def test_discrete_gaussian_is_the_bessel_function(s: float) -> None:
-    n = np.arange(-8, 9)
-    np.testing.assert_allclose(discrete_gaussian(n, s), ive(np.abs(n), s**2), rtol=0, atol=3e-16)
 
 
 @pytest.mark.parametrize("method", METHODS)
