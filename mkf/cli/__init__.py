@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `mkf --help` stays quick.
 
 import typer
 
-from mkf.cli import analyze, bank, bench, env, fit, train
+from mkf.cli import analyze, bank, bench, env, fit, identify, train
 
 app = typer.Typer(
     name="mkf",
@@ -17,5 +17,6 @@ app.command("env")(env.command)
 app.add_typer(bank.app, name="bank")
 app.command("analyze")(analyze.command)
 app.command("fit")(fit.command)
+app.command("identify")(identify.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
     from mkf.bank import FilterBank
-
-_PIPED_WIDTH = 120
 
 
 def command(
@@ -79,7 +77,7 @@ def command(
                 key_set,
                 progress=lambda done, total: progress.update(fitting, completed=done, total=total),
             )
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+        console = stdout()
         if layers:
             for table in report.layer_tables(analysis):
                 console.print(table, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mkf.ops.fit_statistics import FitStatistics
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_PIPED_WIDTH = 120
 
 
 def command(
@@ -70,7 +69,7 @@ def command(
                 sign=sign, topk=topk, backend=backend, memory=bound, progress=show,  # type: ignore[arg-type]
             )  # fmt: skip
             seconds = time.perf_counter() - start
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+        console = stdout()
         console.print(_table(statistics, key_set))
         count, k = int(statistics.filters.sum()), key_set.kernel_size
         apart = f"{statistics.dead[0]} constant and {statistics.not_finite[0]} not finite, counted apart"

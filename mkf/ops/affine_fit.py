@@ -74,7 +74,7 @@ def affine_fit(
     if sign not in ("any", "positive"):
         raise ValueError(f"sign={sign!r}: use 'any' or 'positive'")
     as_numpy = isinstance(filters, np.ndarray)
-    f = _filters(filters)
+    f = as_filters(filters)
     q = _keys(keys, f)
     if topk is not None and not 1 <= topk <= len(q):
         raise ValueError(f"topk={topk}: there are {len(q)} keys")
@@ -101,7 +101,8 @@ def _tensor(x: Any, what: str) -> Tensor:
     return x
 
 
-def _filters(filters: Any) -> Tensor:
+def as_filters(filters: Any) -> Tensor:
+    """What `affine_fit` takes for filters as a tensor (N, k, k) of any layout, or its refusal."""
     f = _tensor(filters, "filters")
     if f.ndim == 2 and f.shape[1] in [k * k for k in KERNEL_SIZES]:
         k = KERNEL_SIZES[[k * k for k in KERNEL_SIZES].index(f.shape[1])]

@@ -1,0 +1,171 @@
+"""`mkf identify`: what filters are, as members of the discrete Gaussian family."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mkf.cli._console import stdout
+from mkf.cli._errors import user_errors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.table import Table
+
+    from mkf.analysis import Identification
+    from mkf.bank import FilterBank
+    from mkf.keys import KeySet
+
+_SUFFIXES = (".csv", ".json")
+_COLUMNS = (
+    "kind", "name", "sign", "scale_x", "scale_y", "alpha", "amplitude", "offset", "residual", "moment_scale_x",
+    "moment_scale_y",
+)  # fmt: skip
+
+
+def command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEYS|BANK|CHECKPOINT|TIMM_NAME...",
+            help="Keys (paper8, analytic:B, a key file), or filters: a saved bank (embedded: the one that comes with "
+            "mkf), a checkpoint, timm's name of a model.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv|FILE.json", help="Also write one row per filter to this file.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")] = True,
+) -> None:
+    """Name every filter: Gaussian, one-sided or central difference, second difference, difference of Gaussians.
+
+    Keys are listed one by one with their scales in pixels; of a bank the share of each kind is told, with the medians
+    of its filters' scales and residuals.
+    """
+    with user_errors():
+        import pyarrow as pa
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from mkf.analysis import identify
+        from mkf.keys import KeySet
+
+        if out is not None and out.suffix not in _SUFFIXES:
+            raise ValueError(f"--out {out}: the name must end in {' or '.join(_SUFFIXES)}")
+        if out is not None and not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}")
+        console, stderr = stdout(), Console(stderr=True)
+        rows: list[pa.Table] = []
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            task = progress.add_task("reading", total=None)
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            for source in dict.fromkeys(sources):
+                filters = _open(source, pretrained)
+                if isinstance(filters, KeySet):
+                    found = identify(filters)
+                    console.print(_key_table(source, filters, found), "")
+                    rows.append(_rows(found, {"source": [source] * len(filters), "key": filters.names}))
+                    continue
+                if not len(filters):
+                    raise ValueError(f"{source} holds no filters")
+                for k in filters.kernel_sizes:
+                    of_size = filters.select(k=k)
+                    progress.update(task, description=f"{source} {k}x{k}")
+                    found = identify(of_size, progress=show)
+                    console.print(_bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found), "")
+                    if out is not None:
+                        metadata = of_size.metadata
+                        where = {name: metadata[name] for name in ("model", "layer", "channel", "kernel_size")}
+                        rows.append(_rows(found, {"source": pa.repeat(source, len(found)), **where}))
+        if out is not None:
+            table = pa.concat_tables(rows, promote_options="default")
+            _write(out, table)
+            console.print(f"Written to {out}: {len(table):,} rows", soft_wrap=True)
+
+
+def _open(source: str, pretrained: bool) -> KeySet | FilterBank:
+    """Keys where the word or the file's content is keys, else a bank; `mkf.bank.load` has the rule for that."""
+    from mkf.bank import load
+    from mkf.keys import parse
+
+    if source == "paper8" or source.startswith("analytic:"):
+        return parse(source)
+    if Path(source).expanduser().is_file():
+        try:
+            return parse(str(Path(source).expanduser()))
+        except ValueError:
+            pass  # no keys: a checkpoint, or nothing, and then that error says more
+    return load(source, pretrained)
+
+
+def _key_table(source: str, keys: KeySet, found: Identification) -> Table:
+    table = _table(f"{source}: {len(keys)} keys {keys.kernel_size}x{keys.kernel_size}")
+    table.add_column("key")
+    table.add_column("kind")
+    for heading in ("s_x", "s_y", "alpha", "resid", "s_x by moments", "s_y"):
+        table.add_column(heading, justify="right")
+    scales = found.scale_x, found.scale_y, found.alpha, found.residual, found.moment_scale_x, found.moment_scale_y
+    for name, kind, *numbers in zip(keys.names, found.name, *scales, strict=True):
+        table.add_row(name, kind, *map(_number, numbers))
+    return table
+
+
+def _bank_table(title: str, found: Identification) -> Table:
+    """One row per kind that occurs, the most frequent first: the quartiles are of that kind's filters."""
+    import numpy as np
+
+    table = _table(title)
+    table.add_column("kind")
+    for heading in ("filters", "%", "+ %", "s_x", "s_y", "resid 25%", "50%", "75%"):
+        table.add_column(heading, justify="right")
+    kinds, counts = np.unique(found.kind, return_counts=True)
+    for kind, count in sorted(zip(kinds, counts, strict=True), key=lambda pair: -pair[1]):
+        of_kind = found.kind == kind
+        quartiles = np.quantile(found.residual[of_kind], [0.25, 0.5, 0.75])
+        medians = (np.median(x[of_kind]) for x in (found.scale_x, found.scale_y))
+        positive = f"{(found.sign[of_kind] > 0).mean():.0%}"
+        table.add_row(
+            kind, f"{count:,}", f"{100 * count / len(found):.1f}", positive.rstrip("%"), *map(_number, medians),
+            *map(_number, quartiles),
+        )  # fmt: skip
+    return table
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    heading = Text(title, style="bold")  # as it is: no markup in a file's name
+    return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _rows(found: Identification, where: dict[str, Any]) -> pa.Table:
+    """One row per filter: where it is from and what it is, null for what does not exist."""
+    import pyarrow as pa
+
+    return pa.table(where | {name: pa.array(getattr(found, name), from_pandas=True) for name in _COLUMNS})
+
+
+def _write(path: Path, rows: pa.Table) -> None:
+    from pyarrow import csv
+
+    if path.suffix == ".csv":
+        csv.write_csv(rows, path)
+        return
+    records = rows.to_pylist()
+    for record in records:
+        if record["alpha"] == math.inf:  # the one number that JSON lacks
+            record["alpha"] = "inf"
+    path.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n", encoding="utf-8")

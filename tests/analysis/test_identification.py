@@ -1,0 +1,284 @@
+"""Planted members of the family come back; the published keys have the kinds they were published with."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import ive
+
+import mkf
+from mkf.analysis import identify
+from mkf.analysis.identification import CONSTANT, NAMES
+from mkf.bank import FilterBank
+from mkf.keys.gaussian import SCALES
+from mkf.keys.published import KINDS as PUBLISHED
+
+from .banks import bank_of, noise
+
+# Each kind's profiles along y and x, as sums of weight * T(n + step).
+SMOOTH, SECOND, CENTRAL = {0: 1}, {-1: 1, 0: -2, 1: 1}, {-1: 0.5, 1: -0.5}
+AHEAD, BEHIND = {-1: 1, 0: -1}, {1: 1, 0: -1}
+PROFILES = {
+    "Gaussian": (SMOOTH, SMOOTH),
+    "one-sided difference in y, below": (AHEAD, SMOOTH),
+    "one-sided difference in x, right": (SMOOTH, AHEAD),
+    "one-sided difference in y, above": (BEHIND, SMOOTH),
+    "one-sided difference in x, left": (SMOOTH, BEHIND),
+    "central difference in x": (SMOOTH, CENTRAL),
+    "central difference in y": (CENTRAL, SMOOTH),
+    "second difference in x": (SMOOTH, SECOND),
+    "second difference in y": (SECOND, SMOOTH),
+    "mixed second difference": (CENTRAL, CENTRAL),
+}
+DOG = "difference of Gaussians"
+
+
+def profile(weights: dict[int, float], s: float, k: int) -> np.ndarray:
+    n = np.arange(k) - k // 2
+    return sum(weight * ive(np.abs(n + step), s**2) for step, weight in weights.items())
+
+
+def member(kind: str, s_x: float, s_y: float, alpha: float, k: int = 7) -> np.ndarray:
+    """A member of the family, written from its formula with SciPy's Bessel functions."""
+    if kind != DOG:
+        rows, columns = PROFILES[kind]
+        return np.outer(profile(rows, s_y, k), profile(columns, s_x, k))
+    smooth, second = profile(SMOOTH, s_x, k), profile(SECOND, s_x, k)
+    laplacian = np.outer(second, smooth) + np.outer(smooth, second)
+    if np.isinf(alpha):
+        return -laplacian
+    delta = np.zeros((k, k))
+    delta[k // 2, k // 2] = 1
+    return delta - alpha * laplacian
+
+
+def planted(count: int, k: int, relative_noise: float, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Filters a * g + b + noise of random kinds, scales .3 to 1.3 (difference of Gaussians .3 to 1, alpha .25 to 2)."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice([*PROFILES, DOG], count)
+    scales = rng.uniform(0.3, 1.3, (count, 2))
+    of_dog = kinds == DOG
+    scales[of_dog] = rng.uniform(0.3, 1.0, (of_dog.sum(), 1))
+    alpha = np.where(of_dog, rng.uniform(0.25, 2, count), np.nan)
+    amplitude, offset = rng.choice([-1, 1], count) * rng.lognormal(size=count), rng.normal(size=count)
+    filters = np.stack([member(*row, k) for row in zip(kinds, *scales.T, alpha, strict=True)])
+    filters *= amplitude[:, None, None]
+    centred = filters - filters.mean((1, 2), keepdims=True)
+    error = rng.normal(size=filters.shape)
+    error *= (np.linalg.norm(centred, axis=(1, 2)) / np.linalg.norm(error, axis=(1, 2)))[:, None, None]
+    return filters + offset[:, None, None] + relative_noise * error, kinds, scales, alpha, amplitude, offset
+
+
+@pytest.mark.parametrize("k", [5, 7, 11])
+def test_planted_members_come_back(k: int) -> None:
+    filters, kinds, scales, alpha, amplitude, offset = planted(1500, k, 0.0)
+    found = identify(filters)
+    assert (found.kind == kinds).all()
+    assert np.abs(np.stack([found.scale_x, found.scale_y], 1) - scales).max() < 0.001
+    np.testing.assert_allclose(found.alpha, alpha, rtol=2e-3)
+    np.testing.assert_allclose(found.amplitude, amplitude, rtol=2e-3)
+    np.testing.assert_allclose(found.offset, offset, atol=2e-3)
+    assert found.residual.max() < 1e-3
+    assert (found.sign == np.sign(amplitude)).all()
+
+
+def test_kinds_survive_noise() -> None:
+    filters, kinds, scales, *_ = planted(3000, 7, 0.1)
+    found = identify(filters)
+    same = found.kind == kinds
+    assert same.mean() > 0.98
+    assert np.median(np.abs(np.stack([found.scale_x, found.scale_y], 1) - scales)[same]) < 0.03
+    assert found.residual.max() < 0.11
+
+
+def test_a_single_tap_is_a_gaussian_of_scale_zero_also_with_noise() -> None:
+    taps = np.zeros((500, 7, 7))
+    taps[:, 3, 3] = 1
+    error = np.random.default_rng(0).normal(size=taps.shape)
+    taps[1:] += 0.1 * error[1:] / np.linalg.norm(error[1:], axis=(1, 2), keepdims=True)
+    found = identify(taps)
+    assert found.kind[0] == "Gaussian"
+    assert found.scale_x[0] == found.scale_y[0] == 0
+    assert found.residual[0] < 1e-7
+    assert (found.kind == "Gaussian").mean() > 0.99
+
+
+def test_the_laplacian_is_the_difference_of_gaussians_of_infinite_alpha() -> None:
+    found = identify(-5 * member(DOG, 0.8, 0.8, np.inf)[None] + 2)
+    assert found.name[0] == "negative difference of Gaussians"
+    assert found.alpha[0] == np.inf
+    assert found.scale_x[0] == found.scale_y[0] == pytest.approx(0.8, abs=1e-3)
+    assert found.amplitude[0] == pytest.approx(-5, rel=1e-3)
+    assert found.offset[0] == pytest.approx(2, abs=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.02, 1))
+def test_no_member_is_nearer(seed: int, share: float) -> None:
+    """Against a general minimiser started in many places, on filters far from and near to the family."""
+    filters = planted(1, 7, share, seed)[0]
+    [f] = filters
+    found = identify(filters)
+    [kind], [residual] = found.kind, found.residual
+
+    def left(p: np.ndarray, name: str) -> float:
+        g = member(name, p[0], p[0 if name == DOG else 1], np.tan(p[1]) if name == DOG else np.nan)
+        g, centred = g - g.mean(), f - f.mean()
+        return 1 - (g * centred).sum() ** 2 / (g**2).sum() / (centred**2).sum()
+
+    rng = np.random.default_rng(seed)
+    best = {}
+    for name in (*PROFILES, DOG):
+        upper = (2, np.pi / 2 - 1e-9) if name == DOG else (2, 2)
+        starts = rng.uniform(0, upper, (30, 2))
+        start = min(starts, key=lambda p: left(p, name))
+        best[name] = minimize(left, start, (name,), bounds=[(0, limit) for limit in upper]).fun
+    assert residual**2 <= best[kind] + 1e-5
+    assert min(best.values()) >= residual**2 - 0.05**2 - 1e-5  # the margin of the difference of Gaussians
+    if kind == DOG:
+        assert min(best.values()) >= residual**2 - 1e-5
+
+
+def test_the_published_keys_are_what_they_were_published_as() -> None:
+    found = identify(mkf.keys.paper8())
+    assert tuple(found.name) == PUBLISHED
+    assert found.residual[[6, 7]].max() < 0.08
+
+
+@pytest.mark.parametrize("method", ["A", "B", "C1", "C2", "D1", "D2"])
+def test_the_analytic_keys(method: str) -> None:
+    found = identify(mkf.keys.analytic(method))
+    assert tuple(found.name) == PUBLISHED
+    scales = SCALES[method]
+    np.testing.assert_allclose([found.scale_x, found.scale_y], scales, atol=1e-3)
+    assert found.alpha[6] == pytest.approx(0.5256, abs=1e-3)
+    separable = [0, 1, 2, 3, 7]  # keys 5 and 6 are too wide for the window's border to be the background
+    moments = np.stack([found.moment_scale_x, found.moment_scale_y])[:, separable]
+    np.testing.assert_allclose(moments, np.array(scales)[:, separable], atol=0.01)
+
+
+def test_the_published_file(data_dir: Path) -> None:
+    assert tuple(identify(mkf.KeySet.load(data_dir / "keys" / "paper8.txt")).name) == PUBLISHED
+
+
+def test_signs_have_names() -> None:
+    keys = mkf.keys.analytic("B").filters
+    assert identify(-keys).name.tolist() == [
+        "one-sided difference in y, - below", "one-sided difference in x, - right",
+        "one-sided difference in y, - above", "one-sided difference in x, - left",
+        "central difference in x, + right", "central difference in y, + above",
+        "negative difference of Gaussians", "negative Gaussian",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+@pytest.mark.parametrize("kind", [kind for kind in PROFILES if kind != "Gaussian"])
+def test_turning_a_filter_turns_its_kind(kind: str, axis: str) -> None:
+    turned = np.flip(member(kind, 0.6, 0.9, np.nan), 1 if axis == "x" else 0)
+    [found] = identify(turned[None].copy()).kind
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    name, _, side = kind.partition(", ")
+    assert found == (f"{name}, {opposite[side]}" if side and f"in {axis}" in name else kind)
+
+
+def test_moments_are_a_second_estimate() -> None:
+    filters, kinds, scales, *_ = planted(1000, 11, 0.0, seed=3)
+    found = identify(filters)
+    separable = kinds != DOG
+    assert np.isnan(found.moment_scale_x[~separable]).all()
+    error = np.stack([found.moment_scale_x, found.moment_scale_y], 1)[separable] - scales[separable]
+    narrow = scales[separable].max(1) < 1
+    first = np.char.find(kinds[separable], "second") < 0  # energy of second differences has two humps and can shrink
+    assert np.abs(error[narrow & first]).max() < 0.02
+
+
+def test_dead_and_broken_filters() -> None:
+    filters = noise(6, 7, 7)
+    filters[1], filters[2] = 0, -3.5
+    filters[3, 0, 0], filters[4, 6, 6] = torch.nan, torch.inf
+    found = identify(filters)
+    assert found.index[[1, 2]].tolist() == [CONSTANT] * 2
+    assert found.index[[3, 4]].tolist() == [-1] * 2
+    assert found.kind[1:5].tolist() == found.name[1:5].tolist() == ["constant"] * 2 + ["not finite"] * 2
+    assert found.offset[[1, 2]].tolist() == [0, -3.5]
+    assert found.residual[[1, 2]].tolist() == found.amplitude[[1, 2]].tolist() == [0, 0]
+    assert np.isnan(found.residual[3:5]).all()
+    assert np.isnan(found.scale_x[1:5]).all()
+    assert found.sign[1:5].tolist() == [0] * 4
+    alone = identify(filters[[0, 5]])
+    assert found.index[[0, 5]].tolist() == alone.index.tolist()
+    assert found.residual[[0, 5]].tolist() == pytest.approx(alone.residual.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_tiny_and_huge_filters(scale: float) -> None:
+    keys = mkf.keys.analytic("B")
+    assert identify(keys.filters.double() * scale).index.tolist() == identify(keys).index.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    assert tuple(identify(mkf.keys.paper8().filters.to(dtype)).name) == PUBLISHED
+
+
+def test_sources_are_alike(tmp_path: Path) -> None:
+    filters = noise(70, 7, 7)
+    bank = bank_of(filters)
+    bank.save(tmp_path / "bank")
+    wanted = identify(filters)
+    transposed = filters.mT.contiguous().mT  # the same values with other strides
+    for other in (filters.numpy(), filters.flatten(1), transposed, bank, FilterBank.open(tmp_path / "bank")):
+        found = identify(other)
+        assert len(found) == 70
+        for name in ("index", "scale_x", "scale_y", "amplitude", "offset", "residual"):
+            np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-5)
+
+
+def test_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    filters, seen = noise(50, 5, 5), []
+    wanted = identify(filters)
+    monkeypatch.setattr("mkf.analysis.identification._ROWS", 16)
+    found = identify(filters, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(16, 50), (32, 50), (48, 50), (50, 50)]
+    assert found.index.tolist() == wanted.index.tolist()
+
+
+def test_no_filters_are_nothing() -> None:
+    assert len(identify(torch.empty(0, 7, 7))) == 0
+
+
+def test_the_smallest_window() -> None:
+    """In 3 x 3 kinds overlap, and the first one is told; whatever it is, it fits."""
+    filters, kinds, *_ = planted(500, 3, 0.0)
+    found = identify(filters)
+    assert found.residual.max() < 1e-3
+    one_sided = np.char.startswith(kinds, "one-sided")
+    assert (found.kind == kinds)[one_sided].all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="expected"):
+        identify(torch.zeros(3, 4, 4))
+    with pytest.raises(TypeError, match="convert them"):
+        identify(torch.zeros(3, 7, 7, dtype=torch.int32))
+    with pytest.raises(ValueError, match="mixes kernel sizes"):
+        identify(bank_of(noise(2, 7, 7), noise(2, 5, 5)))
+    with pytest.raises(ValueError, match="empty"):
+        identify(bank_of(noise(2, 7, 7)).select(model="none"))
+
+
+def test_real_filters(data_dir: Path) -> None:
+    bank = FilterBank.from_checkpoint(data_dir / "filters" / "trained_k7.safetensors")
+    found = identify(bank)
+    assert (found.index == CONSTANT).sum() == 6
+    by_kind = dict(zip(*np.unique(found.kind, return_counts=True), strict=True))
+    assert by_kind["Gaussian"] + by_kind[DOG] > 1200
+    assert set(by_kind) <= set(NAMES)
+    # The family holds filters that the keys do not, so it is nearer than any of the eight analytic ones.
+    fit = mkf.affine_fit(bank, mkf.keys.analytic("B"))
+    assert (found.residual <= fit.residual.numpy() + 0.05).all()
+    assert found.residual.mean() < fit.residual.mean() - 0.1

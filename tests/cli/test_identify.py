@@ -1,0 +1,86 @@
+"""`mkf identify` as it is typed."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mkf
+from mkf.bank import FilterBank, Layer
+from mkf.cli import app
+
+RUNNER = CliRunner()
+
+
+def identify(*arguments: object):
+    return RUNNER.invoke(app, ["identify", *map(str, arguments)])
+
+
+@pytest.fixture
+def bank_dir(tmp_path: Path) -> Path:
+    broken = mkf.keys.paper8().filters
+    broken[3, 0, 0], broken[4] = torch.nan, 1
+    layers = [Layer("a", broken), Layer("b", torch.eye(3)[None].repeat(2, 1, 1))]
+    FilterBank.from_layers(layers, "net").save(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+def test_keys_are_listed(tmp_path: Path) -> None:
+    result = identify("paper8", "analytic:B:5")
+    assert result.exit_code == 0, result.output
+    for kind in mkf.keys.paper8().kinds:
+        assert result.stdout.count(kind) >= 2
+    assert "analytic:B:5: 8 keys 5x5" in result.stdout
+    mkf.keys.analytic("D1").save(tmp_path / "keys.safetensors")
+    assert "8 keys 7x7" in identify(tmp_path / "keys.safetensors").stdout
+
+
+def test_a_bank_is_summed_up(bank_dir: Path) -> None:
+    result = identify(bank_dir)
+    assert result.exit_code == 0, result.output
+    assert "8 filters 7x7" in result.stdout
+    assert "2 filters 3x3" in result.stdout
+    assert "not finite" in result.stdout
+    assert "constant" in result.stdout
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_rows(bank_dir: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"rows.{suffix}"
+    assert identify("paper8", bank_dir, "--out", out).exit_code == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file)) if suffix == "csv" else json.load(file)
+    assert len(rows) == 8 + 10
+    kinds = list(mkf.keys.paper8().kinds)
+    assert [row["name"] for row in rows[:8]] == kinds
+    in_bank = [row for row in rows if row["model"] == "net" and int(row["kernel_size"]) == 7]
+    assert [row["name"] for row in in_bank] == [*kinds[:3], "not finite", "constant", *kinds[5:]]
+    assert [int(row["channel"]) for row in in_bank] == list(range(8))
+    assert in_bank[3]["residual"] in ("", None)
+    assert float(in_bank[7]["residual"]) < 0.1
+
+
+def test_a_laplacian_in_json(tmp_path: Path) -> None:
+    laplacian = torch.zeros(1, 7, 7)
+    laplacian[0, 3, 2:5] += torch.tensor([-1, 2, -1])
+    laplacian[0, 2:5, 3] += torch.tensor([-1, 2, -1])
+    FilterBank.from_layers([Layer("0", laplacian)], "net").save(tmp_path / "bank")
+    assert identify(tmp_path / "bank", "--out", tmp_path / "out.json").exit_code == 0
+    [row] = json.loads((tmp_path / "out.json").read_text())
+    assert (row["name"], row["alpha"]) == ("difference of Gaussians", "inf")
+
+
+def test_refusals(bank_dir: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["no/such/thing"], "there is no file or folder"),
+        (["analytic:Z"], "the methods are"),
+        ([bank_dir, "--out", "x.txt"], "must end in .csv or .json"),
+        ([bank_dir, "--out", tmp_path / "none" / "x.csv"], "there is no folder"),
+    ):
+        result = identify(*arguments)
+        assert result.exit_code == 1
+        assert said in " ".join(result.stderr.split())
+        assert result.stderr.startswith("error: ")
