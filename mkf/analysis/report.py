@@ -8,6 +8,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from mkf.analysis.similarity import DUPLICATE
 from mkf.analysis.statistics import QUANTILES, Analysis, Tally, key_labels
 
 if TYPE_CHECKING:
@@ -68,6 +71,12 @@ def notes(analysis: Analysis) -> list[str]:
         named = "; ".join(f"{model} {layer} channel {channel}" for model, layer, channel in broken[:_NAMED])
         more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         lines.append(f"Not finite, counted under no key: {_plural(len(broken), 'filter')} ({named}{more}).")
+    dimension, taps = analysis.effective_dimension, analysis.keys.kernel_size**2
+    alike = _plural(analysis.tally.duplicates, "filter")
+    lines.append(
+        f"Effective dimension (participation ratio): {dimension:.1f} of {taps - 1}. Near-duplicates of an earlier "
+        f"filter of their layer (|correlation| >= {DUPLICATE}): {alike}."
+    )
     lines.append(
         "Every filter is counted under the key of largest |correlation|, whose mean is |corr|; resid is the median "
         "(25%, 50%, 75%: quartiles) of the part of a filter's norm that scale * key + shift leaves over, 0 for a "
@@ -128,7 +137,7 @@ def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[P
 
     drawings = {"keys": figures.keys_row(analysis.keys)}
     if analysis.tally.live:
-        drawings["atlas"] = figures.atlas(analysis.sample, analysis.keys)
+        drawings["atlas"] = figures.atlas(torch.from_numpy(analysis.sample.filters), analysis.keys)
         drawings["depth"] = figures.shares_over_depth(analysis)
     return [figures.save(figure, out / f"{name}{suffix}") for name, figure in drawings.items()]
 
@@ -187,7 +196,7 @@ def _decimal(value: float) -> str:
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     """A tally's dictionary with one CSV column per key and per quantile."""
-    flat = {name: entry[name] for name in ("filters", "dead", "non_finite")}
+    flat = {name: entry[name] for name in ("filters", "dead", "non_finite", "duplicates")}
     flat |= {f"key_{number}": count for number, count in enumerate(entry["counts"], 1)}
     flat |= {name: entry[name] for name in ("positive_share", "mean_correlation")}
     for name in ("residual", "control_residual"):

@@ -77,7 +77,7 @@ def test_dead_and_non_finite_filters_are_counted_apart_and_named() -> None:
     model = analysis.models[0].model
     assert analysis.non_finite == [(model, "1", 3), (model, "1", 5)]
     assert len(analysis.sample) == 8
-    assert analysis.sample.isfinite().all()
+    assert np.isfinite(analysis.sample.filters).all()
 
 
 def test_a_bank_without_a_live_filter_has_null_statistics() -> None:
@@ -138,7 +138,7 @@ def test_batches_change_nothing(on_disk: bool, tmp_path: Path, monkeypatch: pyte
     one, other = whole.to_dict(), batched.to_dict()
     assert one["total"].pop("mean_correlation") == pytest.approx(other["total"].pop("mean_correlation"), rel=1e-12)
     assert one["total"] == other["total"]
-    assert torch.equal(whole.sample, batched.sample)
+    assert np.array_equal(whole.sample.filters, batched.sample.filters)
 
 
 def test_controls_are_counted_but_not_shown() -> None:
@@ -155,7 +155,7 @@ def test_the_sample_is_bounded_and_holds_every_key(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(statistics, "_SAMPLE_PER_KEY", 5)
     bank = bank_of(noise(400, 7, 7))
     analysis = analyse(bank, KEYS)
-    index = fit_float64(analysis.sample, KEYS)[0]
+    index = fit_float64(torch.from_numpy(analysis.sample.filters), KEYS)[0]
     assert np.bincount(index, minlength=8).tolist() == np.minimum(analysis.tally.counts, 5).tolist()
 
 
@@ -216,3 +216,90 @@ def test_a_real_training_checkpoint(data_dir: Path) -> None:
     analysis = analyse(FilterBank.from_checkpoint(data_dir / "filters" / "team38_rfdnext.pth"), KEYS)
     assert [len(analysis.models[0].layers), analysis.tally.filters] == [4, 200]
     assert analysis.tally.mean_correlation == pytest.approx(0.7189, abs=1e-4)
+
+
+def named(**banks: FilterBank) -> FilterBank:
+    """One bank of these, each called by its name with a dash for two underscores."""
+    parts = []
+    for name, bank in banks.items():
+        layers = [Layer(row["layer"], bank.select(layer=row["layer"]).filters) for row in bank.layers().to_pylist()]
+        parts.append(FilterBank.from_layers(layers, name.replace("__", "-")))
+    return FilterBank.concat(parts)
+
+
+def test_families() -> None:
+    assert [
+        statistics.family(model)
+        for model in ("convnextv2_tiny.fcmae_ft_in1k", "convmixer_768_32", "mcunet-5fps", "net", "net-x-untrained", "_")
+    ] == ["convnextv2", "convmixer", "mcunet", "net", "net-untrained", "_"]
+    analysis = analyse(
+        named(
+            a_1=bank_of(shifted(KEYS, [0, 0, 0, 1])),
+            a_2=bank_of(shifted(KEYS, [0, 1])),
+            b=bank_of(shifted(KEYS, [7, 7])),
+            dead=bank_of(torch.zeros(2, 7, 7)),
+        ),
+        KEYS,
+    )
+    first, second = analysis.families
+    assert [first.family, second.family] == ["a", "b"]
+    assert first.tally.counts.tolist()[:2] == [4, 2]
+    assert first.spread[:2] == pytest.approx([0.125, 0.125])
+    assert first.distance == pytest.approx(0.25)
+    assert math.isnan(second.distance)
+    within, between = analysis.family_distance
+    assert (within, between) == pytest.approx((0.25, 1))
+
+
+def test_depths() -> None:
+    analysis = analyse(bank_of(*[noise(n, 7, 7, seed=n) for n in (2, 3, 4)]), KEYS)
+    assert [tally.filters for tally in analysis.over_depth(4)] == [2, 0, 3, 4]
+    assert sum(tally.filters for tally in analysis.over_depth()) == 9
+
+
+def test_residuals_key_by_key() -> None:
+    one, other = noise(120, 7, 7), noise(30, 7, 7, seed=1)
+    analysis = analyse(named(a=bank_of(one), b=bank_of(other)), KEYS)
+    assert analysis.key_residuals.groups == ("a", "b")
+    index, _, correlation = fit_float64(torch.cat([one, other]), KEYS)
+    residual = np.sqrt(1 - correlation**2)
+    for key, entry in enumerate(analysis.to_dict()["key_residuals"]):
+        of_key = residual[index == key]
+        assert entry["filters"] == len(of_key)
+        assert entry["mean"] == pytest.approx(of_key.mean(), abs=1e-5)
+        assert entry["std"] == pytest.approx(of_key.std(), abs=1e-5)
+        assert entry["quantiles"] == pytest.approx(np.quantile(of_key, QUANTILES), abs=1 / RESIDUAL_BINS)
+    control = np.sqrt(1 - fit_float64(torch.cat([one, other]), analysis.control)[2] ** 2)
+    assert analysis.to_dict()["control_residuals"]["mean"] == pytest.approx(control.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [10**6, 7])
+def test_duplicates_and_dimension(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_BATCH_ROWS", rows)  # layers are cut, and counted all the same
+    first, second = noise(40, 7, 7), noise(20, 7, 7, seed=1)
+    first[30:] = -2 * first[:10] + 1
+    second[:5] = first[:5]  # in another layer, which does not count
+    analysis = analyse(named(a=bank_of(first, second), b=bank_of(noise(9, 7, 7, seed=2))), KEYS)
+    assert [layer.tally.duplicates for layer in analysis.models[0].layers] == [10, 0]
+    assert analysis.tally.duplicates == 10
+    assert analysis.models[0].effective_dimension == pytest.approx(
+        mkf.analysis.effective_dimension(torch.cat([first, second]))
+    )
+
+
+@pytest.mark.parametrize("rows", [10**6, 7])
+def test_the_atlas(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(noise(200, 7, 7), torch.cat([noise(30, 7, 7, seed=1), torch.zeros(3, 7, 7)]))
+    assert all(layer.sample is None for layer in analyse(bank, KEYS).models[0].layers)
+    wanted = analyse(bank, KEYS, atlas=4).models[0].layers
+    monkeypatch.setattr(statistics, "_BATCH_ROWS", rows)
+    for number, (layer, other) in enumerate(zip(analyse(bank, KEYS, atlas=4).models[0].layers, wanted, strict=True)):
+        sample = layer.sample
+        assert np.bincount(sample.index, minlength=8).tolist() == np.minimum(layer.tally.counts, 4).tolist()
+        filters = bank.select(layer=str(number)).filters
+        assert np.array_equal(sample.filters, filters.numpy()[sample.channel])
+        fit = mkf.affine_fit(torch.from_numpy(sample.filters), KEYS)
+        assert np.array_equal(sample.index, fit.index)
+        assert np.array_equal(sample.scale, fit.scale)
+        assert np.array_equal(sample.residual, fit.residual)
+        assert np.array_equal(sample.filters, other.sample.filters)
