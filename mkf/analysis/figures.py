@@ -6,6 +6,7 @@ with L2 norm 1 and the sign of their scale undone, so that a filter looks like i
 
 from __future__ import annotations
 
+import colorsys
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from mkf.analysis.statistics import key_labels
+from mkf.analysis.statistics import QUANTILES, key_labels
 from mkf.ops.affine_fit import affine_fit
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _STYLE = {
 
 _COLOURS = ("#1f4e79", "#2a9d8f", "#6aaed6", "#94d2bd", "#d1495b", "#f4a261", "#7d5ba6", "#c9c9c9")
 """One colour per published key: blue and green the first differences along y and x, warm the two derivatives."""
+
+_COLOURS_ON_DARK = ("#4f8fd0", "#2fae9f", "#8cc4f0", "#a5e0d4", "#e5647b", "#f6ae70", "#a283d0", "#7d858d")
 
 _LIMIT = 0.6
 """Colours saturate at this tap value of a centred filter of norm 1, so that flat filters keep their shape visible."""
@@ -156,7 +159,7 @@ def shares_over_depth(analysis: Analysis) -> Figure:
     columns = min(len(models), 3)
     rows = -(-len(models) // columns)
     figure = _figure(max(4.2, 2.55 * columns), 1.6 * rows + 0.7)
-    colours = _colours(len(analysis.keys))
+    colours = key_colours(len(analysis.keys))
     for panel, model in enumerate(models):
         axes = figure.add_subplot(rows, columns, panel + 1)
         _stack(axes, model, colours)
@@ -171,6 +174,45 @@ def shares_over_depth(analysis: Analysis) -> Figure:
             axes.set_xticklabels([])
     if len(analysis.keys) <= len(_COLOURS):
         _legend(figure, analysis.keys, colours, columns=4 if columns == 3 else 2)
+    return figure
+
+
+@_drawn
+def residual_boxes(analysis: Analysis) -> Figure:
+    """The residuals of each key's filters, of all filters, and of the same filters with random keys, as box plots.
+
+    Boxes hold the middle half, whiskers reach from 5 % to 95 %, the line is the median and the dot the mean.
+
+    Args:
+        analysis: What `analyse` returned, with at least one live filter. Keys without one leave a gap.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    total, control = analysis.key_residuals.over_groups(), analysis.control_residuals.over_groups().over_keys()
+    labels = [f"{number} {label}" for number, label in enumerate(key_labels(analysis.keys), 1)]
+    rows = [(label, total, key) for key, label in enumerate(labels)]
+    rows += [("all keys", total.over_keys(), 0), (f"{len(analysis.control)} random keys", control, 0)]
+    figure = _figure(6.0, 0.24 * len(rows) + 0.5)
+    axes = figure.add_subplot()
+    colours = [*key_colours(len(analysis.keys)), "0.75", "0.75"]
+    names = ("whislo", "q1", "med", "q3", "whishi")
+    for place, ((_, statistics, key), colour) in enumerate(zip(rows, colours, strict=True)):
+        if statistics.count[0, key]:
+            box = dict(zip(names, statistics.quantile(QUANTILES)[:, 0, key], strict=True))
+            axes.bxp(
+                [box | {"mean": statistics.mean[0, key]}],
+                positions=[place], orientation="horizontal", widths=0.65, showfliers=False, showmeans=True,
+                patch_artist=True, boxprops={"facecolor": colour, "linewidth": 0.5}, capprops={"linewidth": 0},
+                whiskerprops={"linewidth": 0.7}, medianprops={"color": "black", "linewidth": 1.1},
+                meanprops={"marker": ".", "markersize": 4, "markerfacecolor": "black", "markeredgecolor": "none"},
+            )  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="residual")
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -255,13 +297,13 @@ def _stack(axes: Axes, model: ModelStatistics, colours: list[Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colours(number: int) -> list[Any]:
-    """A colour for each key: the palette while it lasts, otherwise evenly from a colour map."""
-    if number <= len(_COLOURS):
-        return list(_COLOURS[:number])
-    import matplotlib
-
-    return list(matplotlib.colormaps["turbo"](np.linspace(0, 1, number)))
+def key_colours(number: int, dark: bool = False) -> list[str]:
+    """A colour `#rrggbb` for each of so many keys, on white or on dark: a palette of eight, else evenly spaced hues."""
+    palette = _COLOURS_ON_DARK if dark else _COLOURS
+    if number <= len(palette):
+        return list(palette[:number])
+    rgb = [colorsys.hls_to_rgb(hue / number, 0.6 if dark else 0.48, 0.55) for hue in range(number)]
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in rgb]
 
 
 def _legend(figure: Figure, keys: KeySet, colours: list[Any], columns: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -88,38 +89,71 @@ def notes(analysis: Analysis) -> list[str]:
 
 
 def write(analysis: Analysis, out: Path) -> list[Path]:
-    """Write `analysis.json`, `models.csv` and `layers.csv` into a folder, which is made if need be.
+    """Write `analysis.json` and the CSV files of `tables` into a folder, which is made if need be.
 
     Args:
         analysis: What `analyse` returned.
         out: The folder.
 
     Returns:
-        The files written. `Analysis.to_dict` documents the JSON; the CSV files hold the same numbers, one row per model
-        and per layer, with empty cells where there is nothing to measure.
+        The files written. `Analysis.to_dict` documents the JSON; the CSV files hold the same numbers, with empty cells
+        where there is nothing to measure.
 
     Raises:
         OSError: The folder cannot be made or written.
     """
     out.mkdir(parents=True, exist_ok=True)
     document = analysis.to_dict()
-    path = out / "analysis.json"
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    models = [{"model": model["model"], **_flat(model)} for model in document["models"]]
-    layers = [
-        {
-            "model": model["model"],
-            **{name: layer[name] for name in ("layer", "depth", "normalised_depth")},
-            **_flat(layer),
-        }
-        for model in document["models"]
-        for layer in model["layers"]
-    ]
-    return [path, _write_csv(out / "models.csv", models), _write_csv(out / "layers.csv", layers)]
+    files = {"analysis.json": json.dumps(document, indent=1, allow_nan=False) + "\n"}
+    files |= {f"{name}.csv": as_csv(rows) for name, rows in tables(analysis).items()}
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8", newline="")
+    return [out / name for name in files]
+
+
+def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
+    """The numbers of `Analysis.to_dict` as rows of equal columns: `models`, `layers`, `families` and `keys`.
+
+    In `keys` every row is a key with the residuals of its filters; the last, `random`, is all random keys together.
+    Families are left out where there are none, which is where no filter is live.
+    """
+    document = analysis.to_dict()
+    layer_names = ("layer", "depth", "normalised_depth")
+    keys = []
+    for name, kind, entry in zip(
+        [*analysis.keys.names, "random"],
+        [*analysis.keys.kinds, f"{len(analysis.control)} random keys"],
+        [*document["key_residuals"], document["control_residuals"]],
+        strict=True,
+    ):
+        levels = {_level("residual", level): x for level, x in zip(QUANTILES, entry["quantiles"], strict=True)}
+        keys.append({"key": name, "kind": kind, **{x: entry[x] for x in ("filters", "mean", "std")}, **levels})
+    rows = {
+        "models": [
+            {"model": model["model"], **_flat(model), "effective_dimension": model["effective_dimension"]}
+            for model in document["models"]
+        ],
+        "layers": [
+            {"model": model["model"], **{name: layer[name] for name in layer_names}, **_flat(layer)}
+            for model in document["models"]
+            for layer in model["layers"]
+        ],
+        "families": [
+            {
+                "family": family["family"],
+                "models": len(family["models"]),
+                **_flat(family),
+                "distance": family["distance"],
+            }
+            for family in document["families"]
+        ],
+        "keys": keys,
+    }
+    return {name: table for name, table in rows.items() if table}
 
 
 def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[Path]:
-    """Draw the keys, the atlas of filters and the share of keys over depth into a folder.
+    """Draw the keys, the atlas of filters, the share of keys over depth and their residuals into a folder.
 
     Args:
         analysis: What `analyse` returned.
@@ -127,7 +161,7 @@ def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[P
         suffix: `.png`, `.svg` or `.pdf`.
 
     Returns:
-        The files written: `keys`, `atlas` and `depth`; no `atlas` and `depth` where no filter is live.
+        The files written: `keys`, `atlas`, `depth` and `residuals`; only `keys` where no filter is live.
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to install it.
@@ -139,6 +173,7 @@ def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[P
     if analysis.tally.live:
         drawings["atlas"] = figures.atlas(torch.from_numpy(analysis.sample.filters), analysis.keys)
         drawings["depth"] = figures.shares_over_depth(analysis)
+        drawings["residuals"] = figures.residual_boxes(analysis)
     return [figures.save(figure, out / f"{name}{suffix}") for name, figure in drawings.items()]
 
 
@@ -201,13 +236,18 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     flat |= {name: entry[name] for name in ("positive_share", "mean_correlation")}
     for name in ("residual", "control_residual"):
         for level, value in zip(QUANTILES, entry[f"{name}_quantiles"], strict=True):
-            flat[f"{name}_q{round(100 * level):02d}"] = value
+            flat[_level(name, level)] = value
     return flat
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+def _level(name: str, level: float) -> str:
+    return f"{name}_q{round(100 * level):02d}"
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal columns, at least one, as the text of a CSV file."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

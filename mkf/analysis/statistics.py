@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
@@ -271,6 +271,19 @@ class Analysis:
     def tally(self) -> Tally:
         """The sum of the models."""
         return _total(model.tally for model in self.models)
+
+    @cached_property
+    def trained(self) -> Analysis:
+        """The same without the models that are controls, by a name that ends in `-untrained`, unless all are."""
+        rows = [row for row, model in enumerate(self.models) if not model.model.endswith(UNTRAINED)]
+        if len(rows) in (0, len(self.models)):
+            return self
+        return replace(
+            self,
+            models=[self.models[row] for row in rows],
+            key_residuals=self.key_residuals.pick(rows),
+            control_residuals=self.control_residuals.pick(rows),
+        )
 
     @property
     def effective_dimension(self) -> float:

@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `mkf --help` stays quick.
 
 import typer
 
-from mkf.cli import analyze, bank, bench, env, fit, identify, train
+from mkf.cli import analyze, bank, bench, env, fit, identify, report, train
 
 app = typer.Typer(
     name="mkf",
@@ -18,5 +18,6 @@ app.add_typer(bank.app, name="bank")
 app.command("analyze")(analyze.command)
 app.command("fit")(fit.command)
 app.command("identify")(identify.command)
+app.command("report")(report.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench")

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from mkf.cli import _sources
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
-
-if TYPE_CHECKING:
-    from mkf.bank import FilterBank
 
 
 def command(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="TIMM_NAME|CHECKPOINT|BANK_DIR",
-            help="Where the filters come from, any number and mix; without any, the embedded bank.",
-            show_default=False,
-        ),
+        typer.Argument(metavar=_sources.METAVAR, help=_sources.HELP, show_default=False),
     ] = None,
     keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Also write analysis.json, models.csv, layers.csv and figures into this folder."
-        ),
+        typer.Option(metavar="DIR", help="Also write analysis.json, CSV files and figures into this folder."),
     ] = None,
     layers: Annotated[bool, typer.Option(help="Print a table of each model's layers too.")] = True,
     pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")] = True,
@@ -43,10 +35,8 @@ def command(
     """
     with user_errors():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         from mkf.analysis import analyse, report
-        from mkf.bank import FilterBank, load
         from mkf.keys import parse
 
         if out is not None and out.exists() and not out.is_dir():
@@ -54,28 +44,11 @@ def command(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)  # now, and not after all the work
         key_set = parse(keys)
-        bars = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        stderr = Console(stderr=True)
-        with Progress(*bars, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-            names = list(dict.fromkeys(sources or ["embedded"]))
-            reading = progress.add_task("reading sources", total=len(names))
-            banks: dict[str, FilterBank] = {}
-            for name in names:
-                progress.update(reading, description=f"reading {name}")
-                banks[name] = load(name, pretrained)
-                progress.advance(reading)
-            _check_distinct(banks, key_set.kernel_size)
+        with _sources.bars(Console(stderr=True)) as progress:
+            bank = _sources.read(sources, pretrained, key_set.kernel_size, progress)
             fitting = progress.add_task("fitting filters", total=None)
             analysis = analyse(
-                FilterBank.concat(banks.values()),
-                key_set,
-                progress=lambda done, total: progress.update(fitting, completed=done, total=total),
+                bank, key_set, progress=lambda done, total: progress.update(fitting, completed=done, total=total)
             )
         console = stdout()
         if layers:
@@ -91,13 +64,3 @@ def command(
             except ImportError as error:
                 typer.secho(f"no figures: {error}", fg=typer.colors.YELLOW, err=True)
             console.print(f"Written to {out}: " + ", ".join(path.name for path in written), soft_wrap=True)
-
-
-def _check_distinct(banks: dict[str, FilterBank], k: int) -> None:
-    """Refuse sources whose k x k filters belong to models of one name: they would be added up as a single model."""
-    sources: dict[str, str] = {}
-    for source, bank in banks.items():
-        for model in bank.select(k=k).models:
-            if other := sources.get(model):
-                raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
-            sources[model] = source

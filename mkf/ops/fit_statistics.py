@@ -98,6 +98,12 @@ class FitStatistics:
         dead, not_finite = (x.sum(keepdims=True) for x in (self.dead, self.not_finite))
         return replace(total, groups=(None,), dead=dead, not_finite=not_finite)
 
+    def pick(self, rows: Sequence[int]) -> "FitStatistics":
+        """The same of some groups, by their places in `groups`."""
+        names = ("dead", "not_finite", "positive", "histogram", "sums", "squares")
+        groups = tuple(self.groups[row] for row in rows)
+        return replace(self, groups=groups, **{name: getattr(self, name)[list(rows)] for name in names})
+
     def _add(self, axis: int) -> "FitStatistics":
         names = ("positive", "histogram", "sums", "squares")
         return replace(self, **{name: getattr(self, name).sum(axis, keepdims=True) for name in names})

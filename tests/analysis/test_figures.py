@@ -82,3 +82,24 @@ def test_no_global_state() -> None:
     before = dict(matplotlib.rcParams)
     figures.keys_row(KEYS)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_residual_boxes() -> None:
+    filters = torch.cat([shifted(KEYS, [0] * 50), noise(300, 7, 7)])
+    analysis = analyse(bank_of(filters), KEYS)
+    [axes] = figures.residual_boxes(analysis).axes
+    assert [label.get_text() for label in axes.get_yticklabels()][-3:] == ["8 Gaussian", "all keys", "8 random keys"]
+    assert len(axes.patches) == 10
+    total = analysis.key_residuals.over_groups()
+    for key, box in enumerate(axes.patches[:8]):
+        extent = box.get_path().get_extents()
+        assert (extent.y0 + extent.y1) / 2 == pytest.approx(key)
+        assert [extent.x0, extent.x1] == pytest.approx([total.quantile(q)[0, key] for q in (0.25, 0.75)])
+
+
+def test_colours() -> None:
+    for number in (1, 8, 40):
+        for dark in (False, True):
+            colours = figures.key_colours(number, dark)
+            assert len(set(colours)) == number
+            assert all(len(colour) == 7 and int(colour[1:], 16) >= 0 for colour in colours)

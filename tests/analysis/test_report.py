@@ -82,7 +82,7 @@ def test_notes_name_what_is_wrong(analysis: Analysis) -> None:
 
 def test_the_files(analysis: Analysis, tmp_path: Path) -> None:
     written = report.write(analysis, tmp_path / "new" / "folder")
-    assert [path.name for path in written] == ["analysis.json", "models.csv", "layers.csv"]
+    assert [path.name for path in written] == ["analysis.json", "models.csv", "layers.csv", "families.csv", "keys.csv"]
     assert json.loads(written[0].read_text()) == analysis.to_dict()
     with written[2].open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -94,11 +94,16 @@ def test_the_files(analysis: Analysis, tmp_path: Path) -> None:
     with written[1].open(newline="") as file:
         [row] = csv.DictReader(file)
     assert (row["filters"], row["dead"], row["non_finite"]) == ("47", "1", "8")
+    with written[4].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == [*"12345678", "random"]
+    assert sum(int(row["filters"]) for row in rows[:8]) == int(rows[8]["filters"]) == analysis.tally.live
+    assert float(rows[8]["residual_q50"]) == analysis.tally.control_quantiles[2]
 
 
 def test_the_figures(analysis: Analysis, tmp_path: Path) -> None:
     written = report.write_figures(analysis, tmp_path)
-    assert [path.name for path in written] == ["keys.png", "atlas.png", "depth.png"]
+    assert [path.name for path in written] == ["keys.png", "atlas.png", "depth.png", "residuals.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 

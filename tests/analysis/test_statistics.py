@@ -303,3 +303,15 @@ def test_the_atlas(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(sample.scale, fit.scale)
         assert np.array_equal(sample.residual, fit.residual)
         assert np.array_equal(sample.filters, other.sample.filters)
+
+
+def test_controls_can_be_left_out() -> None:
+    bank = named(net=bank_of(shifted(KEYS, [0, 1])), net__untrained=bank_of(noise(9, 7, 7)))
+    analysis = analyse(bank, KEYS)
+    trained = analysis.trained
+    assert [model.model for model in trained.models] == ["net"]
+    assert trained.tally.counts.tolist() == trained.key_residuals.over_groups().count[0].tolist()
+    assert trained.control_residuals.groups == ("net",)
+    assert trained.effective_dimension == pytest.approx(mkf.analysis.effective_dimension(KEYS.filters[:2]))
+    controls = analyse(bank.select(model="net-untrained"), KEYS)
+    assert controls.trained is controls

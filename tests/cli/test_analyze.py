@@ -77,7 +77,8 @@ def test_sources_mix(bank_dir: Path, tmp_path: Path, data_dir: Path) -> None:
     assert untrained == pytest.approx(0.24, abs=0.01)
     assert trained > 0.6
     assert {path.name for path in out.iterdir()} == {
-        "analysis.json", "models.csv", "layers.csv", "keys.png", "atlas.png", "depth.png",
+        "analysis.json", "models.csv", "layers.csv", "families.csv", "keys.csv",
+        "keys.png", "atlas.png", "depth.png", "residuals.png",
     }  # fmt: skip
 
 
@@ -114,7 +115,9 @@ def test_without_matplotlib_the_numbers_are_still_written(
     result = analyze(bank_dir, "--out", out)
     assert result.exit_code == 0, result.output
     assert "pip install 'mkf[report]'" in result.stderr
-    assert {path.name for path in out.iterdir()} == {"analysis.json", "models.csv", "layers.csv"}
+    assert {path.name for path in out.iterdir()} == {
+        "analysis.json", "models.csv", "layers.csv", "families.csv", "keys.csv",
+    }  # fmt: skip
 
 
 def test_bad_sources(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Where filters come from on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mkf.bank import FilterBank
+
+METAVAR = "TIMM_NAME|CHECKPOINT|BANK_DIR"
+HELP = "Where the filters come from, any number and mix; without any, the embedded bank."
+
+
+def bars(stderr: Console) -> Progress:
+    """Progress bars on standard error, which vanish at the end and are not drawn into a file."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def read(sources: Sequence[str] | None, pretrained: bool, k: int, progress: Progress) -> FilterBank:
+    """The filters of all sources, each read once, as one bank.
+
+    Raises:
+        ValueError: Two sources hold a model of one name with k x k filters, which would be added up as a single model;
+            and see `mkf.bank.load`.
+        OSError: See `mkf.bank.load`.
+    """
+    from mkf.bank import FilterBank, load
+
+    names = list(dict.fromkeys(sources or ["embedded"]))
+    task = progress.add_task("reading sources", total=len(names))
+    banks: dict[str, FilterBank] = {}
+    for name in names:
+        progress.update(task, description=f"reading {name}")
+        banks[name] = load(name, pretrained)
+        progress.advance(task)
+    of_model: dict[str, str] = {}
+    for source, bank in banks.items():
+        for model in bank.select(k=k).models:
+            if other := of_model.get(model):
+                raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
+            of_model[model] = source
+    return FilterBank.concat(banks.values())

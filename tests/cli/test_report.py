@@ -1,0 +1,74 @@
+"""`mkf report` as it is typed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from mkf.bank import FilterBank
+from mkf.cli import app
+
+RUNNER = CliRunner()
+
+
+def report(*arguments: object):
+    return RUNNER.invoke(app, ["report", *map(str, arguments)])
+
+
+@pytest.fixture
+def bank_dir(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    FilterBank.from_model(nn.Sequential(nn.Conv2d(20, 20, 7, groups=20))).save(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    Image.effect_noise((40, 30), 60).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_a_page_and_figures(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = report(bank_dir, "--out", out, "--image", picture, "--pdf", tmp_path / "f", "--title", "Mine")
+    assert result.exit_code == 0, result.output
+    text = out.read_text()
+    assert "<h1>Mine</h1>" in text
+    assert "picture.png" in text
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {
+        "keys.pdf", "atlas.pdf", "depth.pdf", "residuals.pdf",
+    }  # fmt: skip
+
+
+def test_without_extras(bank_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page needs neither matplotlib nor scikit-image."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("mkf.analysis.natural.default_image", missing)
+    result = report(bank_dir, "--out", tmp_path / "page.html", "--keys", "analytic:B")
+    assert result.exit_code == 0, result.output
+    assert "no natural image" in result.stderr
+    assert 'id="natural"' not in (tmp_path / "page.html").read_text()
+
+
+def missing() -> Path:
+    raise ImportError("not here")
+
+
+def test_refusals(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        ([bank_dir, "--out", tmp_path], "ends in .html"),
+        ([bank_dir, "--out", tmp_path / "none" / "page.html"], "there is no folder"),
+        ([bank_dir, "--out", tmp_path / "page.html", "--keys", "analytic:B:5", "--image", picture], "only other sizes"),
+        (["no/such/bank", "--out", tmp_path / "page.html", "--image", picture], "there is no file or folder"),
+        ([bank_dir, "--out", tmp_path / "page.html", "--image", tmp_path / "none.png"], "none.png"),
+    ):
+        result = report(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert said in " ".join(result.stderr.split())
+        assert not (tmp_path / "page.html").exists()
