@@ -52,7 +52,7 @@
       for (let i = 0; i < count; i++) all.push({ at: next++, layer: number, key });
     });
   }));
-  const state = { model: "", layer: "", keys: new Set(), order: "best", signed: false, pages: 1 };
+  const state = { model: "", layer: "", key: null, order: "best", signed: false, pages: 1 };
   let shown = [], columns = 1, cell = 1, picked = null;
 
   const valuesOf = (item) => {
@@ -64,7 +64,7 @@
 
   function choose() {
     const fits = all.filter((item) => (!state.model || layers[item.layer].model === state.model)
-      && (!state.layer || layers[item.layer].layer === state.layer) && (!state.keys.size || state.keys.has(item.key)));
+      && (!state.layer || layers[item.layer].layer === state.layer) && (state.key === null || state.key === item.key));
     const by = { best: (a, b) => residual[a.at] - residual[b.at], worst: (a, b) => residual[b.at] - residual[a.at] };
     shown = state.order === "depth" ? fits : fits.sort(by[state.order]);
     picked = null;
@@ -118,7 +118,7 @@
 
   function fillLayers() {
     const model = data.models.find((entry) => entry.name === state.model);
-    fill($("layer"), model ? model.layers.map((layer) => layer.name) : [], model ? "all layers" : "choose a model first");
+    fill($("layer"), model ? model.layers.map((layer) => layer.name) : [], model ? "all layers" : "choose a network first");
     $("layer").disabled = !model;
     $("layer").value = state.layer;
   }
@@ -128,12 +128,12 @@
     $("model").value = state.model;
     fillLayers();
     for (const chip of document.querySelectorAll("#chips button")) {
-      chip.setAttribute("aria-pressed", !state.keys.size || state.keys.has(Number(chip.dataset.key)));
+      chip.setAttribute("aria-pressed", state.key === null || state.key === Number(chip.dataset.key));
     }
     choose();
   }
 
-  fill($("model"), data.models.map((model) => model.name), "all models");
+  fill($("model"), data.models.map((model) => model.name), "all networks");
   $("model").addEventListener("change", (event) => set({ model: event.target.value, layer: "" }));
   $("layer").addEventListener("change", (event) => set({ layer: event.target.value }));
   $("order").addEventListener("change", (event) => set({ order: event.target.value }));
@@ -142,11 +142,8 @@
   $("chips").addEventListener("click", (event) => {
     const chip = event.target.closest("button");
     if (!chip) return;
-    const key = Number(chip.dataset.key), only = state.keys.size === 1 && state.keys.has(key);
-    if (event.shiftKey) {
-      state.keys.has(key) ? state.keys.delete(key) : state.keys.add(key);
-      set({});
-    } else set({ keys: new Set(only ? [] : [key]) });
+    const key = Number(chip.dataset.key);
+    set({ key: state.key === key ? null : key }); // a second click takes the choice back
   });
   $("grid").addEventListener("pointermove", tell);
   $("grid").addEventListener("click", tell);
