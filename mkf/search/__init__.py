@@ -1,7 +1,25 @@
-"""The search for keys in a bank of filters."""
+"""The search for keys in a bank of filters.
 
+found = mkf.search.clusters(bank, k=8)  # found.keys; minutes for millions of filters, no networks and no images
+coder = mkf.search.autoencoder(bank)  # the paper's way: candidates(50) of a one-dimensional code,
+found = mkf.search.eliminate(coder.candidates(50), 8, mkf.search.Residual(bank))  # then the eight that are missed most
+"""
+
+from mkf.search.autoencoder import Autoencoder, autoencoder
 from mkf.search.clusters import Clustering, clusters
 from mkf.search.eliminate import Elimination, Step, elbow, eliminate
 from mkf.search.objectives import Accuracy, OutputError, Residual
 
-__all__ = ["Accuracy", "Clustering", "Elimination", "OutputError", "Residual", "Step", "clusters", "elbow", "eliminate"]
+__all__ = [
+    "Accuracy",
+    "Autoencoder",
+    "Clustering",
+    "Elimination",
+    "OutputError",
+    "Residual",
+    "Step",
+    "autoencoder",
+    "clusters",
+    "elbow",
+    "eliminate",
+]

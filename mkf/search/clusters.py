@@ -144,7 +144,7 @@ class _All:
         self._filters = filters
 
     def __iter__(self) -> Any:
-        return (live for live, _, _ in units(self._filters))
+        return (piece.filters for piece in units(self._filters))
 
 
 def _passes(

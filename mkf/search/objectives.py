@@ -287,8 +287,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def _finite_fit(filters: Tensor, candidates: KeySet, backend: str | None) -> AffineFit:
     """The fit of a network's filters to all candidates, best first."""
-    _, _, broken = unit(filters)
-    if broken:
+    if broken := unit(filters).not_finite:
         raise ValueError(f"{broken} of the network's depthwise filters hold NaN or Inf: it cannot be judged")
     return affine_fit(filters, candidates, topk=len(candidates), backend=backend)
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,14 +52,29 @@ class Sample:
         return f"{some}{self.live:,} {k}x{k} filters"
 
 
-def unit(filters: Any) -> tuple[Tensor, int, int]:
+class Units(NamedTuple):
+    """Filters centred and scaled.
+
+    Attributes:
+        filters: (M, k, k) float32, the live ones, of mean 0 and L2 norm 1.
+        live: (N,) bool, which they are.
+        not_finite: How many hold NaN or Inf.
+    """
+
+    filters: Tensor
+    live: Tensor
+    not_finite: int
+
+
+def unit(filters: Any) -> Units:
     """Centre filters and scale them to norm 1, in float64.
 
     Args:
         filters: (N, k, k) or (N, k * k) tensor or array, or a bank in memory.
 
-    Returns:
-        The live ones, (M, k, k) float32, and the numbers of dead ones and of those that are not finite.
+    Raises:
+        ValueError: A shape that is no filter's.
+        TypeError: No floating-point numbers.
     """
     x = getattr(filters, "filters", filters)
     x = torch.as_tensor(np.asarray(x)) if isinstance(x, np.ndarray) else x
@@ -74,17 +89,16 @@ def unit(filters: Any) -> tuple[Tensor, int, int]:
         )
     flat = x.detach().flatten(1).double()
     finite = flat.isfinite().all(1)
-    flat = flat[finite]
+    flat = torch.where(finite[:, None], flat, 0)
     size = flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     flat = flat / size  # so that no square overflows
     centred = flat - flat.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
     live = norm[:, 0] > CONSTANT
-    result = (centred[live] / norm[live]).float().unflatten(1, x.shape[1:])
-    return result, int((~live).sum()), int((~finite).sum())
+    return Units((centred[live] / norm[live]).float().unflatten(1, x.shape[1:]), live, int((~finite).sum()))
 
 
-def units(filters: Any) -> Iterator[tuple[Tensor, int, int]]:
+def units(filters: Any) -> Iterator[Units]:
     """`unit` of any number of filters, a piece at a time: a bank, an array (also memory-mapped) or a tensor."""
     refuse_mixed_sizes(filters)
     with closing(stream.pieces(filters)) as pieces:
@@ -114,12 +128,14 @@ def draw(filters: Any, rows: int = SAMPLE, seed: int = 0, least: int = 1) -> Sam
     kept: list[Tensor] = []
     priorities: list[np.ndarray[Any, Any]] = []
     held = dead = not_finite = 0
-    for live, constant, broken in units(filters):
-        dead, not_finite = dead + constant, not_finite + broken
-        kept.append(live)
-        held += len(live)
+    for piece in units(filters):
+        live = len(piece.filters)
+        dead += len(piece.live) - live - piece.not_finite
+        not_finite += piece.not_finite
+        kept.append(piece.filters)
+        held += live
         if total > rows:
-            priorities.append(rng.random(len(live)))
+            priorities.append(rng.random(live))
             if held > 2 * rows:
                 kept, priorities = _lowest(kept, priorities, rows)
                 held = rows
