@@ -5,10 +5,21 @@
 >>> fit = mkf.affine_fit(bank, keys)  # .index .scale .shift .residual
 """
 
-from mkf import bank, keys, ops
+from mkf import bank, keys, ops, search
 from mkf.bank import FilterBank
 from mkf.keys import KeySet
 from mkf.ops import AffineFit, FitStatistics, affine_fit, fit_statistics
 
 __version__ = "0.1.0"
-__all__ = ["AffineFit", "FilterBank", "FitStatistics", "KeySet", "affine_fit", "bank", "fit_statistics", "keys", "ops"]
+__all__ = [
+    "AffineFit",
+    "FilterBank",
+    "FitStatistics",
+    "KeySet",
+    "affine_fit",
+    "bank",
+    "fit_statistics",
+    "keys",
+    "ops",
+    "search",
+]

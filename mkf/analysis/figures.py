@@ -240,6 +240,64 @@ def bars(panels: Mapping[str, Mapping[str, float]], label: str) -> Figure:
 
 
 @_drawn
+def code_axis(candidates: KeySet, histogram: Array) -> Figure:
+    """What an autoencoder's one-dimensional code stands for: decoded filters along it, over how many have each code.
+
+    Args:
+        candidates: The filters of uniform codes, in ascending order, named by their codes.
+        histogram: (bins,) filters by their code, in equal bins over [0, 1].
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    columns = min(len(candidates), 10)
+    rows = -(-len(candidates) // columns)
+    figure = _figure(0.7 * columns, 0.85 * rows + 1.2)
+    grid = figure.add_gridspec(2, 1, height_ratios=(0.85 * rows, 1.2))
+    above = figure.add_subfigure(grid[0])
+    for panel, (filter_, name) in enumerate(zip(candidates.centred().numpy(), candidates.names, strict=True)):
+        axes = above.add_subplot(rows, columns, panel + 1)
+        _image(axes, filter_)
+        axes.set_xlabel(name, fontsize=6.5, labelpad=1.5)
+    axes = figure.add_subplot(grid[1])
+    bins = len(histogram)
+    axes.bar((np.arange(bins) + 0.5) / bins, histogram, 1 / bins, color=_COLOURS[0], edgecolor="white", linewidth=0.3)
+    axes.set(xlim=(0, 1), xlabel="code", ylabel="filters")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@_drawn
+def elimination(losses: Mapping[int, float], label: str, chosen: int, elbow: int) -> Figure:
+    """The loss over the number of keys that are left.
+
+    Args:
+        losses: The loss with each number of keys.
+        label: What the loss is.
+        chosen: The number of keys that were kept.
+        elbow: The number at the curve's elbow.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(4.6, 2.6)
+    axes = figure.subplots()
+    axes.plot(list(losses), list(losses.values()), color=_COLOURS[0], marker=".", markersize=4, linewidth=1)
+    for count, word, colour in ((chosen, "kept", _COLOURS[4]), (elbow, "elbow", "0.5")):
+        axes.axvline(count, color=colour, linewidth=0.8, linestyle="--", label=f"{word}: {count}")
+    axes.set(xlabel="keys left", ylabel=fill(label, 40))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@_drawn
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure; the suffix of the path names the format: `.png` (200 dpi), `.svg` or `.pdf`.
 

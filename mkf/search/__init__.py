@@ -7,19 +7,25 @@ found = mkf.search.eliminate(coder.candidates(50), 8, mkf.search.Residual(bank))
 
 from mkf.search.autoencoder import Autoencoder, autoencoder
 from mkf.search.clusters import Clustering, clusters
+from mkf.search.compare import METHODS, Comparison, compare
 from mkf.search.eliminate import Elimination, Step, elbow, eliminate
 from mkf.search.objectives import Accuracy, OutputError, Residual
+from mkf.search.pca import pca
 
 __all__ = [
+    "METHODS",
     "Accuracy",
     "Autoencoder",
     "Clustering",
+    "Comparison",
     "Elimination",
     "OutputError",
     "Residual",
     "Step",
     "autoencoder",
     "clusters",
+    "compare",
     "elbow",
     "eliminate",
+    "pca",
 ]

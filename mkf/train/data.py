@@ -25,6 +25,7 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
     Attributes:
         images: One uint8 array (H, W, 3) per image; the sizes may differ.
         labels: int64 array (N,).
+        split: The split they are of, one of the names looked for.
         transform: Takes a PIL image and returns what the loader collates; set it before use.
     """
 
@@ -43,7 +44,9 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
 
         self.images: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for path in _files(Path(folder), splits):
+        files = _files(Path(folder), splits)
+        self.split = files[0].name.split("-")[0]
+        for path in files:
             table = _read(path)
             labels.append(table["label"].to_numpy())
             contents = pc.struct_field(table["image"], "bytes")
@@ -101,6 +104,37 @@ def loaders(config: TrainConfig, train_set: ParquetImages, test_set: ParquetImag
         DataLoader(train_set, config.batch_size, shuffle=True, drop_last=True, num_workers=config.workers),
         DataLoader(test_set, 2 * config.batch_size, num_workers=config.workers),
     )
+
+
+def evaluation_loader(
+    images: ParquetImages, train_set: ParquetImages, image_size: int, per_class: int | None = None, seed: int = 0
+) -> Batches:
+    """Images of any split prepared as for a test: always the same, in the same order.
+
+    Args:
+        images: What to load; its transform is set.
+        train_set: Whose statistics normalise them.
+        image_size: Side of the square input in pixels.
+        per_class: Only so many of each class, drawn at random; all if None.
+        seed: Of that draw.
+
+    Raises:
+        ValueError: A class has fewer images.
+    """
+    from timm.data import create_transform
+    from torch.utils.data import Subset
+
+    mean, std = train_set.channel_statistics()
+    images.transform = create_transform(image_size, mean=mean, std=std, interpolation="bicubic", crop_pct=1.0)
+    if per_class is None:
+        return DataLoader(images, 256)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label, count in zip(*np.unique(images.labels, return_counts=True), strict=True):
+        if count < per_class:
+            raise ValueError(f"class {label} has {count} images in the {images.split} split, fewer than {per_class}")
+        chosen += rng.choice(np.flatnonzero(images.labels == label), per_class, replace=False).tolist()
+    return DataLoader(Subset(images, sorted(chosen)), 256)
 
 
 def _files(folder: Path, splits: tuple[str, ...]) -> list[Path]:

@@ -1,11 +1,9 @@
 """The filters that finished runs learned, as a bank with its provenance; mkf's embedded bank is made this way."""
 
-import json
 from pathlib import Path
 
 from mkf.bank import UNTRAINED, FilterBank
-from mkf.train.config import TrainConfig
-from mkf.train.model import build_model
+from mkf.train.model import load_weights
 
 
 def learned_filters(*runs: str | Path, licence: str = "") -> FilterBank:
@@ -29,19 +27,7 @@ def learned_filters(*runs: str | Path, licence: str = "") -> FilterBank:
 
 
 def _filters(path: Path, name: str, licence: str) -> FilterBank:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    kwargs = json.loads(metadata["model_kwargs"])
-    classes = kwargs.pop("num_classes")
-    size = int(metadata["image_size"])
-    config = TrainConfig(model=metadata["model"], model_kwargs=kwargs, data="", out="", image_size=size)
-    model = build_model(config, classes)
-    model.load_state_dict(load_file(path))
+    model, metadata = load_weights(path)
     told = f"{metadata['epochs']} epochs"
     if "test_accuracy" in metadata:
         told += f", test accuracy {metadata['test_accuracy']} %"

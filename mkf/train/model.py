@@ -1,8 +1,10 @@
 """Models by name: those of timm's registry, and timm's classes for shapes that no registered name has."""
 
+import json
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -48,3 +50,25 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         size = f"{config.image_size}x{config.image_size} images"
         raise ValueError(f"{config.model} does not work with {kwargs} and {size}: {error}") from error
     return model.train()
+
+
+def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
+    """The network of a file that a run of `train` wrote (`model.safetensors`), and the file's metadata.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata()
+    kwargs = json.loads(metadata["model_kwargs"])
+    classes = kwargs.pop("num_classes")
+    size = int(metadata["image_size"])
+    config = TrainConfig(model=metadata["model"], model_kwargs=kwargs, data="", out="", image_size=size)
+    model = build_model(config, classes)
+    model.load_state_dict(load_file(path))
+    return model.eval(), metadata

@@ -1,0 +1,255 @@
+"""`mkf search`: the keys of a bank of filters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mkf.cli._errors import user_errors
+
+if TYPE_CHECKING:
+    from mkf.bank import FilterBank
+    from mkf.keys import KeySet
+    from mkf.search import Autoencoder, Elimination
+
+METHODS = ("clusters", "autoencoder", "pca", "random")
+OBJECTIVES = ("residual", "output", "accuracy")
+_PIPED_WIDTH = 120
+
+
+def command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TIMM_NAME|CHECKPOINT|BANK_DIR...",
+            help="Where the filters come from, any number and mix; embedded is the bank that comes with mkf.",
+        ),
+    ],
+    method: Annotated[str, typer.Option(help="clusters, autoencoder, pca or random.")] = "clusters",
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="Find --candidates keys, then eliminate them one at a time by this: residual (weights alone), output "
+            "or accuracy (of --model on training images of --data). With autoencoder residual if not given.",
+        ),
+    ] = None,
+    keys: Annotated[int, typer.Option(help="How many keys.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="The key file to write, safetensors.")] = None,
+    size: Annotated[int | None, typer.Option(help="Kernel size, if the sources hold several.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
+    candidates: Annotated[int, typer.Option(help="How many candidates to eliminate from.")] = 50,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=2, help="Of autoencoder: 2 for a second round around the 10 best.")
+    ] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps of the autoencoder at most.")] = 3000,
+    model: Annotated[Path | None, typer.Option(help="Folder of a finished run of mkf train.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its data folder, of which the training split is used.")] = None,
+    per_class: Annotated[int, typer.Option(help="Training images of each class that judge the keys.")] = 100,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep what is done here; a search that was killed goes on from it."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw keys, code axis and curve here.")] = None,
+    device: Annotated[str, typer.Option(help="Where the autoencoder is trained: auto, cpu, cuda, ...")] = "auto",
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Instead: hold models out in turn and print how every method does on them."),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Of --compare: searches with seeds 0, 1, ...")] = 3,
+    pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")] = True,
+) -> None:
+    """Find the keys of a bank: the few filters that the others are linear shifts of.
+
+    Untrained models of a bank (named ...-untrained) take no part.
+    """
+    with user_errors():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        _check(method, objective, out, model, data, compare)
+        bank = _trained(sources, size, pretrained)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+        stderr = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+
+            def task(name: str) -> Callable[[int, int], None]:
+                added = bar.add_task(name, total=None)
+                return lambda done, total: bar.update(added, completed=done, total=total)
+
+            if compare:
+                _compare(bank, keys, seeds, task("searching"), console)
+                return
+            judge = _objective(
+                objective or ("residual" if method == "autoencoder" else None), bank, model, data, per_class
+            )
+            coder = elimination = None
+            if method == "autoencoder":
+                coder = _train(bank, seed, steps, device, _in(state, "autoencoder.pt"), task("training"))
+                pool = coder.candidates(candidates)
+                if rounds == 2:
+                    pool = _second_round(coder, pool, keys, judge, _in(state, "first-round.json"), task("first round"))
+            else:
+                pool = _direct(method, bank, candidates if judge else keys, seed, task(method))
+            if judge is None:
+                found = pool
+            else:
+                elimination = _eliminate(pool, keys, judge, _in(state, "elimination.json"), task("eliminating"))
+                found = elimination.keys
+        _report(bank, found, coder, elimination, console)
+        if figures is not None:
+            _draw(figures, found, coder, candidates, elimination)
+        if out is not None:
+            found.save(out)
+            console.print(f"Written to {out}", soft_wrap=True)
+
+
+def _check(
+    method: str, objective: str | None, out: Path | None, model: Path | None, data: Path | None, compare: bool
+) -> None:
+    """Refuse what cannot be done before anything is."""
+    if method not in METHODS:
+        raise ValueError(f"--method {method}: use one of {', '.join(METHODS)}")
+    if objective not in (None, *OBJECTIVES):
+        raise ValueError(f"--objective {objective}: use one of {', '.join(OBJECTIVES)}")
+    if objective in ("output", "accuracy") and (model is None or data is None):
+        raise ValueError(f"--objective {objective} needs --model, a finished run of mkf train, and --data, its images")
+    if out is None and not compare:
+        raise ValueError("name the key file to write: --out keys.safetensors")
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+
+
+def _trained(sources: list[str], size: int | None, pretrained: bool) -> FilterBank:
+    """The filters of the sources' trained models, of one kernel size."""
+    from mkf.bank import UNTRAINED, FilterBank, load
+
+    bank = FilterBank.concat(load(source, pretrained) for source in dict.fromkeys(sources))
+    sizes = bank.kernel_sizes
+    if size is None and len(sizes) > 1:
+        found = ", ".join(f"{k}x{k}" for k in sizes)
+        raise ValueError(f"the sources hold filters of {found}: choose one with --size {sizes[-1]}")
+    if size is not None and size not in sizes:
+        raise ValueError(f"--size {size}: the sources hold no filters of {size}x{size}")
+    bank = bank if size is None else bank.select(k=size)
+    trained = [name for name in bank.models if not name.endswith(UNTRAINED)]
+    return FilterBank.concat(bank.select(model=name) for name in trained) if len(trained) < len(bank.models) else bank
+
+
+def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int], None], console: Any) -> None:
+    from mkf.keys import analytic, paper8
+    from mkf.search import compare
+
+    size = bank.kernel_sizes[0]
+    known = {"analytic B": analytic("B", size)} | ({"paper8": paper8()} if size == 7 else {})
+    comparison = compare(bank, k, keys=known if k == 8 else None, seeds=range(seeds), progress=progress)
+    console.print(comparison.markdown(), soft_wrap=True)
+    folds = "; ".join(", ".join(fold) for fold in comparison.folds)
+    console.print(f"Mean residual of held-out filters, seeds {list(comparison.seeds)}; held out together: {folds}.")
+
+
+def _objective(word: str | None, bank: FilterBank, model: Path | None, data: Path | None, per_class: int) -> Any:
+    from mkf.search import Accuracy, OutputError, Residual
+
+    if word is None:
+        return None
+    if word == "residual":
+        return Residual(bank)
+    assert model is not None
+    assert data is not None
+    from mkf.train import ParquetImages, evaluation_loader, load_weights
+
+    network, metadata = load_weights(model / "model.safetensors")
+    images = ParquetImages(data)
+    loader = evaluation_loader(images, images, int(metadata["image_size"]), per_class)
+    return (Accuracy if word == "accuracy" else OutputError)(network, loader, split="train")
+
+
+def _train(
+    bank: FilterBank, seed: int, steps: int, device: str, state: Path | None, progress: Callable[[int, int], None]
+) -> Autoencoder:
+    import torch
+
+    from mkf.search import autoencoder
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return autoencoder(bank, seed=seed, steps=steps, device=device, state=state, progress=progress)
+
+
+def _second_round(
+    coder: Autoencoder, pool: KeySet, k: int, judge: Any, state: Path | None, progress: Callable[[int, int], None]
+) -> KeySet:
+    from mkf.search.compare import FIRST_ROUND
+
+    return coder.around(_eliminate(pool, min(max(k, FIRST_ROUND), len(pool)), judge, state, progress).keys)
+
+
+def _eliminate(
+    pool: KeySet, k: int, judge: Any, state: Path | None, progress: Callable[[int, int], None]
+) -> Elimination:
+    from mkf.search import eliminate
+
+    return eliminate(pool, k, judge, state=state, progress=progress)
+
+
+def _direct(method: str, bank: FilterBank, k: int, seed: int, progress: Callable[[int, int], None]) -> KeySet:
+    from mkf.keys import random
+    from mkf.search import clusters, pca
+
+    if method == "clusters":
+        return clusters(bank, k, seed, progress=progress).keys
+    return pca(bank, k) if method == "pca" else random(bank.kernel_sizes[0], k, seed)
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
+
+
+def _report(
+    bank: FilterBank, found: KeySet, coder: Autoencoder | None, elimination: Elimination | None, console: Any
+) -> None:
+    """Print how well the keys fit, and what the search went through."""
+    from rich.table import Table
+
+    from mkf.ops.fit_statistics import fit_statistics
+
+    if coder is not None:
+        last = coder.history[-1]
+        console.print(
+            f"autoencoder: loss {last.train:.3f}, on held-out filters {last.held_out:.3f} after {last.step} steps; "
+            f"code axis used evenly to {coder.occupancy:.2f} (entropy; 1 is level)"
+        )
+    if elimination is not None:
+        shown = elimination.curve[:: max(1, len(elimination.curve) // 10)]
+        points = ", ".join(f"{step.keys}: {step.loss:.4f}" for step in shown)
+        console.print(f"{elimination.objective}, loss by keys left: {points}; elbow at {elimination.elbow}")
+    statistics = fit_statistics(bank, found)
+    table = Table("key", "filters", "share", "mean residual", title=f"{len(found)} keys of {len(bank):,} filters")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, count, share, mean in zip(
+        found.names, statistics.count[0], statistics.share[0], statistics.mean[0], strict=True
+    ):
+        table.add_row(name, f"{count:,}", f"{share:.1%}", f"{mean:.3f}" if count else "-")
+    table.add_row("all", f"{statistics.count.sum():,}", "", f"{statistics.over_keys().mean[0, 0]:.3f}")
+    console.print(table)
+
+
+def _draw(
+    folder: Path, found: KeySet, coder: Autoencoder | None, candidates: int, elimination: Elimination | None
+) -> None:
+    from mkf.analysis import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures.save(figures.keys_row(found), folder / "keys.png")
+    if coder is not None:
+        figures.save(figures.code_axis(coder.candidates(candidates), coder.histogram), folder / "code_axis.png")
+    if elimination is not None:
+        losses = {step.keys: step.loss for step in elimination.curve}
+        drawn = figures.elimination(losses, elimination.objective, len(found), elimination.elbow)
+        figures.save(drawn, folder / "elimination.png")
