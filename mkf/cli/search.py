@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 METHODS = ("clusters", "autoencoder", "pca", "random")
 OBJECTIVES = ("residual", "output", "accuracy")
+_CACHED = 1 << 30
+"""Bytes of images that are prepared once and not for each candidate."""
 _PIPED_WIDTH = 120
 
 
@@ -164,8 +166,10 @@ def _objective(word: str | None, bank: FilterBank, model: Path | None, data: Pat
     from mkf.train import ParquetImages, evaluation_loader, load_weights
 
     network, metadata = load_weights(model / "model.safetensors")
-    images = ParquetImages(data)
-    loader = evaluation_loader(images, images, int(metadata["image_size"]), per_class)
+    images, size = ParquetImages(data), int(metadata["image_size"])
+    loader: Any = evaluation_loader(images, images, size, per_class)
+    if len(loader.dataset) * 3 * size**2 * 4 <= _CACHED:
+        loader = list(loader)
     return (Accuracy if word == "accuracy" else OutputError)(network, loader, split="train")
 
 

@@ -1,5 +1,6 @@
 """Candidates for keys by the paper's autoencoder: every filter becomes one number, and numbers become filters."""
 
+import copy
 import io
 import math
 import os
@@ -39,11 +40,19 @@ VERSION = 1
 
 
 class Round(NamedTuple):
-    """A point of the loss curve: steps done, mean loss of the round's batches, and loss of the held-out filters."""
+    """A point of the loss curve.
+
+    Attributes:
+        step: Steps done.
+        train: Mean of 1 - |cos| over the batches since the last point.
+        held_out: The same of the held-out filters.
+        unevenness: Of the held-out filters' codes, 0 to 4; `autoencoder` tells what it is.
+    """
 
     step: int
     train: float
     held_out: float
+    unevenness: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +151,7 @@ def autoencoder(
     seed: int = 0,
     steps: int = 3000,
     batch_size: int = 512,
-    evenness: float = 0.1,
+    evenness: float = 1.0,
     patience: int = 10,
     sample: int = SAMPLE,
     device: str | torch.device | None = None,
@@ -157,13 +166,13 @@ def autoencoder(
 
     - Sign. A key and its negative are the same key, and two places on the axis for them would be one too many. So the
       encoder sees each filter with its largest tap positive, and the loss is 1 - |cos|.
-    - Even use of the codes. To 1 - |cos| is added `evenness` * 12 * mean (z_(i) - (i - 1/2) / B)^2, with z_(i) the B
-      codes of a batch in ascending order: 0 if they are spread evenly over [0, 1], `evenness` if all are in the middle
-      and 4 times that if all are at one end.
+    - Even use of the codes. To 1 - |cos| is added `evenness` times the unevenness 12 * mean (z_(i) - (i - 1/2) / B)^2,
+      with z_(i) the B codes of a batch in ascending order: 0 if they are spread evenly over [0, 1], 1 if all are in the
+      middle and 4 if all are at one end.
     - Hidden widths 256, 128, 64, 32, slope .01; AdamW, peak learning rate 2e-3 with linear warm-up over a tenth of the
       steps and cosine decay to 0, weight decay 1e-4.
-    - A tenth of the filters is held out; each 100 steps their loss is measured, training stops after `patience` times
-      without a lower one, and the best weights are kept.
+    - A tenth of the filters is held out; each 100 steps the sum of both terms is measured on them, training stops after
+      `patience` times without a lower one, and the best weights are kept.
     - 3x3 filters: the authors say that a wavelet transform in the encoder's input helps; here it is the Haar transform
       (mean, vertical, horizontal and diagonal difference) of each of the four 2x2 windows, 16 numbers more.
 
@@ -268,7 +277,7 @@ class _Training:
         return bool(self.step >= self._options["steps"] or self._stale >= self._options["patience"])
 
     def best_network(self) -> _Network:
-        network = _Network(self._network.kernel_size).to(self._network.device)
+        network = copy.deepcopy(self._network)
         network.load_state_dict(self._best)
         return network.eval().requires_grad_(False)
 
@@ -293,14 +302,15 @@ class _Training:
             total += loss.detach()
             self.step += 1
         with torch.no_grad():
-            parts = self._held_out.split(1 << 16)
-            losses = [_cosine_loss(x, self._network.decode(self._network.encode(x))) * len(x) for x in parts]
-        held_out = float(torch.stack(losses).sum()) / len(self._held_out)
-        if all(held_out < earlier.held_out for earlier in self.history):
+            codes = self._network.encode(self._held_out)
+            held_out = float(_cosine_loss(self._held_out, self._network.decode(codes)))
+            unevenness = float(_unevenness(codes))
+        self.history.append(Round(self.step, float(total) / (end - begun), held_out, unevenness))
+        losses = [entry.held_out + evenness * entry.unevenness for entry in self.history]
+        if losses[-1] == min(losses) and losses.count(losses[-1]) == 1:
             self._best, self._stale = _copy(self._network), 0
         else:
             self._stale += 1
-        self.history.append(Round(self.step, float(total) / (end - begun), held_out))
 
     def _schedule(self) -> float:
         """The learning rate relative to its peak: linear warm-up, then half a cosine."""

@@ -127,12 +127,12 @@ class OutputError:
     def begin(self, candidates: KeySet) -> Judge:
         """See the images and rank the candidates with each filter."""
         layers = depthwise_layers(self._model, candidates.kernel_size)
+        fits = [_fit(layer, candidates, self._backend) for layer in layers]
         grams = _grams(self._model, layers, self._batches)
         orders, costs = [], []
         keys = candidates.filters.flatten(1)
-        for layer, gram in zip(layers, grams, strict=True):
+        for layer, fit, gram in zip(layers, fits, grams, strict=True):
             filters = layer.weight.detach()[:, 0].float()
-            fit = _finite_fit(filters, candidates, self._backend)
             flat = filters.flatten(1).double()
             gram = gram.repeat_interleave(len(flat) // len(gram), 0)
             energy = torch.einsum("ci,cij,cj->", flat, gram, flat)
@@ -213,9 +213,9 @@ class _Replaced:
     def __init__(self, model: nn.Module, loader: Iterable[Any], candidates: KeySet, backend: str | None):
         self._model, self._loader = model, loader
         self._layers = depthwise_layers(model, candidates.kernel_size)
-        filters = torch.cat([layer.weight.detach()[:, 0].float() for layer in self._layers])
-        self._fit = _finite_fit(filters, candidates, backend)
-        self._keys = candidates.filters.flatten(1).to(filters)
+        fits = [_fit(layer, candidates, backend) for layer in self._layers]
+        self._fit = AffineFit(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
+        self._keys = candidates.filters.flatten(1).to(self._fit.scale)
         self._ranking = Ranking(self._fit.index.to(torch.uint8), self._fit.residual.square())
         self._write(self._ranking.first)
         self._loss: Loss | None = None
@@ -285,10 +285,11 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _finite_fit(filters: Tensor, candidates: KeySet, backend: str | None) -> AffineFit:
-    """The fit of a network's filters to all candidates, best first."""
+def _fit(layer: nn.Conv2d, candidates: KeySet, backend: str | None) -> AffineFit:
+    """The fit of a layer's filters to all candidates, best first."""
+    filters = layer.weight.detach()[:, 0].float()
     if broken := unit(filters).not_finite:
-        raise ValueError(f"{broken} of the network's depthwise filters hold NaN or Inf: it cannot be judged")
+        raise ValueError(f"a depthwise layer of the network has {broken} filters with NaN or Inf: it cannot be judged")
     return affine_fit(filters, candidates, topk=len(candidates), backend=backend)
 
 
