@@ -57,6 +57,7 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: Another file of weights.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -64,7 +65,9 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
     with safe_open(path, framework="pt") as file:
-        metadata: dict[str, str] = file.metadata()
+        metadata: dict[str, str] = file.metadata() or {}
+    if "model_kwargs" not in metadata:
+        raise ValueError(f"{path} does not say how its network is built: mkf train did not write it")
     kwargs = json.loads(metadata["model_kwargs"])
     classes = kwargs.pop("num_classes")
     size = int(metadata["image_size"])

@@ -103,3 +103,24 @@ def test_colours() -> None:
             colours = figures.key_colours(number, dark)
             assert len(set(colours)) == number
             assert all(len(colour) == 7 and int(colour[1:], 16) >= 0 for colour in colours)
+
+
+def test_code_axis_shows_every_candidate_over_the_histogram() -> None:
+    candidates = mkf.keys.random(5, 13)
+    histogram = np.arange(50)
+    figure = figures.code_axis(candidates, histogram)
+    (below,) = (axes for axes in figure.axes if axes.get_xlabel() == "code")
+    assert [bar.get_height() for bar in below.patches] == histogram.tolist()
+    assert [bar.get_x() for bar in below.patches] == pytest.approx(np.arange(50) / 50)
+    drawn = [a for a in figure.axes if a.images]
+    assert [a.get_xlabel() for a in drawn] == list(candidates.names)
+    assert np.array_equal(drawn[12].images[0].get_array(), candidates.centred()[12])
+
+
+def test_elimination_draws_the_curve_and_its_two_marks() -> None:
+    losses = {n: 1 / n for n in range(20, 0, -1)}
+    (axes,) = figures.elimination(losses, "a loss", 8, 5).axes
+    curve, kept, elbow = axes.lines
+    assert dict(zip(*curve.get_data(), strict=True)) == losses
+    assert (kept.get_xdata()[0], elbow.get_xdata()[0]) == (8, 5)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kept: 8", "elbow: 5"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mkf.train import ParquetImages, TrainConfig
+from mkf.train import ParquetImages, TrainConfig, evaluation_loader
 from mkf.train.data import TEST_SPLITS, loaders
 from tests.train.conftest import WriteImages, png
 
@@ -114,6 +114,23 @@ def test_truncated_image_and_negative_label(tmp_path: Path, write_images: WriteI
 def test_transform_must_be_set(colours: Path) -> None:
     with pytest.raises(RuntimeError, match="transform"):
         ParquetImages(colours)[0]
+
+
+def test_evaluation_loader_draws_the_same_images_of_each_class_every_time(colours: Path) -> None:
+    images = ParquetImages(colours)
+    assert images.split == "train"
+    assert ParquetImages(colours, TEST_SPLITS).split == "val"
+    loader = evaluation_loader(images, images, 16, per_class=5, seed=1)
+    (first, labels), (again, _) = next(iter(loader)), next(iter(loader))
+    assert torch.equal(first, again)
+    assert labels.bincount().tolist() == [5, 5]
+    assert first.shape == (10, 3, 16, 16)
+    everything = torch.cat([batch for batch, _ in evaluation_loader(images, images, 16)])
+    assert len(everything) == 24
+    assert everything.mean((0, 2, 3)).abs().max() < 0.02  # normalised by the statistics of these very images
+    assert {row.sum().item() for row in first} <= {row.sum().item() for row in everything}
+    with pytest.raises(ValueError, match=r"class 0 has 12 images in the train split, fewer than 13"):
+        evaluation_loader(images, images, 16, per_class=13)
 
 
 def test_real_images(data_dir: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mkf.train import learned_filters, train
+from mkf.train import learned_filters, load_weights, train
 from tests.train.test_train import config
 
 
@@ -31,3 +31,17 @@ def test_trained_and_untrained_filters_with_their_provenance(colours: Path) -> N
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no finished run"):
         learned_filters(tmp_path)
+
+
+def test_load_weights(colours: Path, tmp_path: Path) -> None:
+    settings = config(colours, "run")
+    train(settings)
+    path = Path(settings.out) / "model.safetensors"
+    model, metadata = load_weights(path)
+    assert not model.training
+    assert metadata["data_set"] == "colours"
+    weights = load_file(path)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    save_file(weights, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="does not say how its network is built"):
+        load_weights(tmp_path / "bare.safetensors")

@@ -1,0 +1,154 @@
+"""`mkf search` as it is typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mkf
+from mkf.bank import FilterBank, Layer
+from mkf.cli import app
+from mkf.search import clusters, pca
+from mkf.train import TrainConfig, train
+from tests.search.conftest import one_thread  # noqa: F401
+from tests.search.planted import matching, plant
+from tests.train.conftest import colours, write_images  # noqa: F401
+
+KEYS = mkf.keys.random(7, 4, seed=1)
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, ["search", *(str(word) for word in words)], env={"COLUMNS": "200"})
+
+
+def refused(*words: object) -> str:
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.fixture
+def bank_dir(tmp_path: Path) -> Path:
+    banks = []
+    for seed, name in enumerate(["a", "b", "b-untrained"]):
+        filters, _ = plant(KEYS, 200, seed=seed, shares=[0.25] * 4)
+        if name == "b-untrained":
+            filters = torch.randn_like(filters)
+        banks.append(FilterBank.from_layers([Layer("l", filters)], name))
+    FilterBank.concat(banks).save(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "keys.safetensors"
+
+
+def test_clusters_of_the_trained_models(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    result = run(bank_dir, "--keys", 4, "--out", out, "--figures", tmp_path / "figures")
+    assert result.exit_code == 0, result.output
+    assert "4 keys of 400 filters" in result.stdout
+    found = mkf.KeySet.load(out)
+    assert matching(found, KEYS).min() > 0.99
+    bank = FilterBank.open(bank_dir).select(model=["a", "b"])
+    assert found == clusters(bank, 4).keys
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["keys.png"]
+
+
+def test_plain_methods_and_elimination(bank_dir: Path, out: Path) -> None:
+    assert run(bank_dir, "--method", "pca", "--keys", 3, "--out", out).exit_code == 0
+    assert mkf.KeySet.load(out) == pca(FilterBank.open(bank_dir).select(model=["a", "b"]), 3)
+    assert run(bank_dir, "--method", "random", "--keys", 3, "--seed", 5, "--out", out).exit_code == 0
+    assert mkf.KeySet.load(out) == mkf.keys.random(7, 3, seed=5)
+    words = ("--objective", "residual", "--candidates", 12, "--keys", 3, "--out", out)
+    result = run(bank_dir, "--method", "random", *words)
+    assert result.exit_code == 0, result.output
+    assert "elbow at" in result.stdout
+    assert set(mkf.KeySet.load(out).names) < {f"random {i}" for i in range(1, 13)}
+
+
+def test_autoencoder_in_two_rounds_resumed_from_its_folder(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    words = (
+        bank_dir,
+        "--method",
+        "autoencoder",
+        "--steps",
+        150,
+        "--keys",
+        4,
+        "--out",
+        out,
+        "--figures",
+        tmp_path / "f",
+    )
+    result = run(*words, "--state", tmp_path / "state")
+    assert result.exit_code == 0, result.output
+    assert "after 150 steps; code axis used evenly to" in result.stdout
+    found = mkf.KeySet.load(out)
+    assert len(found) == 4
+    names = ["autoencoder.pt", "elimination.json", "first-round.json"]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == names
+    assert len(json.loads((tmp_path / "state" / "first-round.json").read_text())["names"]) == 50
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["code_axis.png", "elimination.png", "keys.png"]
+    (tmp_path / "state" / "elimination.json").unlink()
+    assert run(*words, "--state", tmp_path / "state").exit_code == 0
+    assert mkf.KeySet.load(out) == found
+    assert "belongs to another training (seed differ)" in refused(*words, "--state", tmp_path / "state", "--seed", 1)
+
+
+def test_accuracy_and_output_of_a_trained_network(tmp_path: Path, out: Path, colours: Path) -> None:  # noqa: F811
+    kwargs = {"dim": 6, "depth": 2, "kernel_size": 7, "patch_size": 2}
+    train(
+        TrainConfig(model="ConvMixer", model_kwargs=kwargs, data=str(colours), out=str(tmp_path / "run"),
+                    image_size=16, epochs=2, warmup_epochs=0, batch_size=12)
+    )  # fmt: skip
+    words = (tmp_path / "run" / "model.safetensors", "--method", "random", "--candidates", 6, "--keys", 2, "--out", out)
+    network = ("--model", tmp_path / "run", "--data", colours)
+    for objective in ("accuracy", "output"):
+        result = run(*words, "--objective", objective, *network, "--per-class", 4)
+        assert result.exit_code == 0, result.output
+        assert "images of the train split, loss by keys left: 6:" in result.stdout
+        assert "train split" in mkf.KeySet.load(out).provenance
+    assert "fewer than 50" in refused(*words, "--objective", "accuracy", *network, "--per-class", 50)
+    assert "holds no finished run" in refused(
+        *words, "--objective", "accuracy", "--model", tmp_path, "--data", colours, "--per-class", 4
+    )
+
+
+def test_comparison(bank_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(mkf.search.METHODS, "autoencoder")  # it takes a while and is tested on its own
+    result = run(bank_dir, "--compare", "--seeds", 1)
+    assert result.exit_code == 0, result.output
+    assert "| K = 8 | all held-out filters | a | b |" in result.stdout
+    for method in ("clusters", "PCA", "random", "paper8", "analytic B"):
+        assert f"| {method} |" in result.stdout
+    assert "seeds [0]; held out together: a; b." in result.stdout
+
+
+def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    assert "--method magic: use one of clusters, autoencoder" in refused(bank_dir, "--method", "magic", "--out", out)
+    assert "--objective beauty" in refused(bank_dir, "--objective", "beauty", "--out", out)
+    assert "needs --model" in refused(bank_dir, "--objective", "accuracy", "--out", out)
+    assert "name the key file" in refused(bank_dir)
+    assert "there is no folder" in refused(bank_dir, "--out", tmp_path / "no" / "keys.safetensors")
+    assert "ask for 1 to 256 keys" in refused(bank_dir, "--keys", 0, "--out", out)
+    assert "no file or folder no/bank" in refused("no/bank", "--out", out)
+    assert "--size 5: the sources hold no filters of 5x5" in refused(bank_dir, "--size", 5, "--out", out)
+    FilterBank.from_layers([Layer("a", torch.randn(9, 3, 3)), Layer("b", torch.randn(9, 5, 5))], "m").save(
+        tmp_path / "m"
+    )
+    assert "choose one with --size 5" in refused(tmp_path / "m", "--out", out)
+    assert "20 keys need at least" in refused(tmp_path / "m", "--size", 3, "--keys", 20, "--out", out)
+    assert "1 trained models" in refused(tmp_path / "m", "--size", 3, "--compare", "--keys", 2)
+    assert not out.exists()
+    filters = FilterBank.open(bank_dir).filters.clone()
+    filters[0, 0, 0] = torch.nan
+    FilterBank.from_layers([Layer("a", filters)], "m").save(tmp_path / "nan")
+    result = run(tmp_path / "nan", "--keys", 2, "--out", out)
+    assert result.exit_code == 0
+    assert "note: left out 1 filters that hold NaN or Inf" in result.stderr
