@@ -128,11 +128,11 @@ def identify(filters: Any, *, progress: stream.Progress | None = None) -> Identi
     differences, signs and this way of fitting are ours.
     """
     refuse_mixed_sizes(filters)
-    source = filters if hasattr(filters, "batches") else as_filters(filters)
+    source = filters if hasattr(filters, "batches") else filters_tensor(filters)
     parts, done = [], 0
     with closing(stream.pieces(source, _ROWS)) as pieces, torch.no_grad():
         for piece in pieces:
-            parts.append(_identify(as_filters(piece)))
+            parts.append(_identify(filters_tensor(piece)))
             done += len(piece)
             if progress is not None:
                 progress(done, len(source))

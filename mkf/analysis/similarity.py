@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mkf.keys import KeySet
 from mkf.ops import stream
-from mkf.ops.affine_fit import as_filters
+from mkf.ops.arguments import filters_tensor
 from mkf.ops.fit_statistics import refuse_mixed_sizes
 
 DUPLICATE = 0.999
@@ -62,7 +62,7 @@ def match(first: KeySet | Any, second: KeySet | Any) -> Matching:
 
     units = []
     for filters in (first, second):
-        f = as_filters(filters.filters if isinstance(filters, KeySet) else filters)
+        f = filters_tensor(filters.filters if isinstance(filters, KeySet) else filters)
         unit, live = unit_filters(f)
         if not len(f) or not live.all():
             raise ValueError("keys to match must be at least one, finite, and not constant")
@@ -96,11 +96,11 @@ def effective_dimension(filters: Any) -> float:
         TypeError: A dtype that is no floating-point number.
     """
     refuse_mixed_sizes(filters)
-    source = filters if hasattr(filters, "batches") else as_filters(filters)
+    source = filters if hasattr(filters, "batches") else filters_tensor(filters)
     moment: Any = 0
     with closing(stream.pieces(source)) as pieces:
         for piece in pieces:
-            unit = unit_filters(as_filters(piece))[0]
+            unit = unit_filters(filters_tensor(piece))[0]
             moment = moment + (unit.T @ unit).numpy(force=True)
     return participation(moment)
 
@@ -128,7 +128,7 @@ def duplicates(filters: Any, cosine: float = DUPLICATE) -> NDArray[np.int64]:
     """
     if not 0 < cosine <= 1:
         raise ValueError(f"cosine={cosine}: near-duplicates have a |correlation| above 0 and at most 1")
-    unit, _ = unit_filters(as_filters(filters))
+    unit, _ = unit_filters(filters_tensor(filters))
     unit = unit.float()
     earlier = torch.full((len(unit),), -1, dtype=torch.int64, device=unit.device)
     for start in range(0, len(unit), _ROWS):

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
-from mkf.kernels.extension import DTYPES
 from mkf.kernels.registry import choose
-
-KERNEL_SIZES = (3, 5, 7, 9, 11)
-MAX_KEYS = 256
+from mkf.ops.arguments import centred_keys, filters_tensor, keys_tensor, output_tensors, refuse_overlap
+from mkf.ops.combination import affine_combination
 
 
 class AffineFit(NamedTuple):
     """A fit of N filters: `filters[i]` is close to `scale[i] * keys[index[i]] + shift[i]`.
 
     All are tensors of N entries (numpy arrays where the filters were one), or (N, m) with `topk=m`, the best key first.
+    With `method="combination"` index and scale are (N, m), shift and residual (N,): `filters[i]` is close to the sum
+    over j of `scale[i, j] * keys[index[i, j]]`, plus `shift[i]`.
 
     Attributes:
         index: int32, the key; -1 for a filter that holds NaN or Inf.
@@ -36,8 +36,10 @@ def affine_fit(
     filters: Any,
     keys: Any,
     *,
+    method: Literal["one", "combination"] = "one",
     sign: Literal["any", "positive"] = "any",
     topk: int | None = None,
+    out: AffineFit | None = None,
     backend: str | None = None,
 ) -> AffineFit:
     """Fit every filter f by the key q and the scalars a, b that minimise ||f - (a * q + b)||.
@@ -51,122 +53,120 @@ def affine_fit(
     (NeurIPS 2025). Sums are float32 or better and taken after the mean has left, so a common offset costs nothing; the
     result for a filter does not depend on its neighbours, on the batch or on the number of threads.
 
+    With `method="combination"` several keys serve at once: the scalars a_j and b minimise ||f - (sum_j a_j * q_j + b)||
+    over all K keys, or, with `topk=m`, over m of them that are chosen for each filter; `mkf.ops.combination` says how.
+    The residual has the same denominator, so it tells what more keys than one would bring.
+
     Args:
         filters: (N, k, k) or (N, k * k), k odd, 3 to 11; a tensor (float32, float64, bfloat16, float16, any strides),
             a numpy array (the result then is numpy too), or a `FilterBank`. A constant filter is *dead*: index 0,
             scale 0, its value as shift, residual 0. One that holds NaN or Inf gets index -1 and NaN.
         keys: A `KeySet`, or an array (K, k, k), 1 <= K <= 256. The fit is relative to the keys as they are given.
-        sign: "any", or "positive" for scales >= 0 only; then the key of largest c (not |c|) wins.
-        topk: Report the m best keys, best first, in outputs of shape (N, m).
-        backend: Name of an implementation (`mkf env` lists them); automatic if None, or as `MKF_BACKEND` says.
+        method: "one" key a filter, or a "combination" of several.
+        sign: "any", or "positive" for scales >= 0 only; then the key of largest c (not |c|) wins. Combinations have
+            scales of any sign.
+        topk: Report the m best keys, best first, in outputs of shape (N, m); of a combination, take m keys.
+        out: Tensors or numpy arrays to write the result into: contiguous, on the filters' device, of the shapes and
+            dtypes that it would have without, none sharing memory with another or with filters or keys. Then a fit
+            allocates nothing for its result.
+        backend: Name of an implementation (`mkf env` lists them); automatic if None, or as `MKF_BACKEND` says. There is
+            only one of combinations.
 
     Returns:
-        An `AffineFit` on the device of the filters. Scale, shift and residual have gradients with respect to filters
-        and keys (given as a tensor), at the chosen key; by `backward` and `torch.autograd.grad`, not in forward mode.
-        A mean over residuals counts dead filters as 0 and is NaN with a filter that is not finite: `fit_statistics`
-        leaves both out.
+        An `AffineFit` on the device of the filters; `out` itself where it was given. Scale, shift and residual have
+        gradients with respect to filters and keys (given as a tensor), at the chosen keys; by `backward` and
+        `torch.autograd.grad`, not in forward mode. A mean over residuals counts dead filters as 0 and is NaN with a
+        filter that is not finite: `fit_statistics` leaves both out.
 
     Raises:
-        ValueError: Shapes that are no filters or do not fit together, an empty bank, constant or not finite keys.
-        TypeError: A dtype that is no floating-point number.
+        ValueError: Shapes that are no filters or do not fit together, an empty bank, constant or not finite keys,
+            options that exclude one another, or unfit `out`.
+        TypeError: A dtype that is no floating-point number, or not that of the output it is meant for.
+        RuntimeError: `out` where gradients are required, as torch's functions raise.
         BackendError: The implementation asked for cannot run there.
     """
+    if method not in ("one", "combination"):
+        raise ValueError(f"method={method!r}: use 'one' or 'combination'")
     if sign not in ("any", "positive"):
         raise ValueError(f"sign={sign!r}: use 'any' or 'positive'")
-    as_numpy = isinstance(filters, np.ndarray)
-    f = as_filters(filters)
-    q = _keys(keys, f)
+    if method == "combination" and sign != "any":
+        raise ValueError("sign='positive' is for single keys: a combination's scales have any sign")
+    if method == "combination" and backend:
+        raise ValueError(f"backend={backend!r} is for single keys: leave it out for combinations")
+    f = filters_tensor(filters)
+    q = keys_tensor(keys, f)
     if topk is not None and not 1 <= topk <= len(q):
         raise ValueError(f"topk={topk}: there are {len(q)} keys")
-    scale, shift, residual, index = torch.ops.mkf.affine_fit(f, q, topk or 1, sign == "positive", backend or "")
+
+    count, several = (len(f),), (len(f), topk or len(q))
+    operator: Any
+    options: tuple[Any, ...]
+    if method == "combination":
+        operator, options = affine_combination, (topk,)
+        shapes = AffineFit(index=several, scale=several, shift=count, residual=count)
+    else:
+        operator, options = torch.ops.mkf.affine_fit, (topk, sign == "positive", backend or "")
+        shapes = AffineFit(*[count if topk is None else several] * 4)
+    if out is not None:
+        if not isinstance(out, AffineFit):
+            raise TypeError(f"out: expected an AffineFit of four tensors or arrays, not {type(out).__name__}")
+        operator.out(f, q, *options, **output_tensors(out._asdict(), shapes._asdict(), (f, q)))
+        return out
+    scale, shift, residual, index = operator.default(f, q, *options)
     fit = AffineFit(index, scale, shift, residual)
-    if topk is None:
-        fit = AffineFit(*(x.squeeze(1) for x in fit))
-    return AffineFit(*(x.numpy(force=True) for x in fit)) if as_numpy else fit
-
-
-def _tensor(x: Any, what: str) -> Tensor:
-    """A floating-point tensor of an array, or of an object that holds its filters as `.filters`."""
-    x = getattr(x, "filters", x)
-    if isinstance(x, np.ndarray):
-        if not x.dtype.isnative or any(s % x.itemsize or s < 0 for s in x.strides) or not x.flags.writeable:
-            x = x.astype(x.dtype.newbyteorder("="), order="C")
-        x = torch.from_numpy(x)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{what}: expected a tensor or a numpy array, not {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{what} are not a dense tensor")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{what} are {x.dtype}: convert them to float32, float64, bfloat16 or float16")
-    return x
-
-
-def as_filters(filters: Any) -> Tensor:
-    """What `affine_fit` takes for filters as a tensor (N, k, k) of any layout, or its refusal."""
-    f = _tensor(filters, "filters")
-    if f.ndim == 2 and f.shape[1] in [k * k for k in KERNEL_SIZES]:
-        k = KERNEL_SIZES[[k * k for k in KERNEL_SIZES].index(f.shape[1])]
-        f = f.unflatten(1, (k, k))
-    if f.ndim != 3 or f.shape[1] != f.shape[2] or f.shape[1] not in KERNEL_SIZES:
-        hint = " (squeeze the weight of a Conv2d: weight[:, 0])" if f.ndim == 4 else ""
-        raise ValueError(
-            f"filters have shape {tuple(f.shape)}: expected (N, k, k) or (N, k*k) with k one of {KERNEL_SIZES}{hint}"
-        )
-    if len(f) == 0 and hasattr(filters, "filters"):
-        raise ValueError("there are no filters to fit: the bank is empty")
-    return f
-
-
-def _keys(keys: Any, filters: Tensor) -> Tensor:
-    q = _tensor(keys, "keys")
-    if q.ndim != 3 or q.shape[1] != q.shape[2] or not 1 <= len(q) <= MAX_KEYS:
-        raise ValueError(f"keys have shape {tuple(q.shape)}: expected (K, k, k) with 1 <= K <= {MAX_KEYS}")
-    if q.shape[1:] != filters.shape[1:]:
-        k, own = filters.shape[1], q.shape[1]
-        raise ValueError(
-            f"filters are {k}x{k} but keys are {own}x{own}: use keys of {k}x{k}, or select(k={own}) filters"
-        )
-    return q.to(filters.device)
+    return AffineFit(*(x.numpy(force=True) for x in fit)) if isinstance(filters, np.ndarray) else fit
 
 
 def _prepare(keys: Tensor) -> FitKeys:
-    """Centre and normalise in float64, refusing keys that cannot be."""
-    q = keys.detach().flatten(1).double()
-    mean = q.mean(1, keepdim=True)
-    centred = q - mean
-    norm = centred.norm(dim=1)
-    # Below float32's rounding of a constant; the comparison is also false for NaN and for zero.
-    usable = (norm > 1e-7 * q.norm(dim=1)) & norm.isfinite()
-    recording = q.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing may wait for the GPU
-    if not recording and not usable.all():
-        bad = (~usable).nonzero().flatten().tolist()
-        raise ValueError(f"keys {bad} are constant or not finite, so no filter can be a scaled copy of them")
-    unit = centred / norm[:, None]
-    return FitKeys(unit.float(), norm.reciprocal().float(), mean.flatten().float())
+    q = centred_keys(keys)
+    return FitKeys(q.unit.float(), q.norm.reciprocal().float(), q.mean.float())
 
 
-def _run(filters: Tensor, keys: Tensor, topk: int, positive: bool, backend: str) -> tuple[Tensor, ...]:
-    scale, shift, residual, index = _empty(filters, keys, topk, positive, backend)
+def _run(filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str) -> tuple[Tensor, ...]:
+    outputs = _empty(filters, keys, topk, positive, backend)
+    _fit(filters, keys, positive, backend, *outputs)
+    return outputs
+
+
+def _run_out(
+    filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str, *,
+    scale: Tensor, shift: Tensor, residual: Tensor, index: Tensor,
+) -> None:  # fmt: skip
+    outputs = {"scale": scale, "shift": shift, "residual": residual, "index": index}
+    refuse_overlap({"filters": filters, "keys": keys}, outputs)
+    _fit(filters, keys, positive, backend, **outputs)
+    torch.autograd.graph.increment_version(list(outputs.values()))
+
+
+def _fit(
+    filters: Tensor, keys: Tensor, positive: bool, backend: str,
+    scale: Tensor, shift: Tensor, residual: Tensor, index: Tensor,
+) -> None:  # fmt: skip
     implementation = choose("affine_fit", filters.device, backend or None)
-    if filters.shape[0] == 0:
-        return scale, shift, residual, index
-    implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, index, scale, shift, residual)
-    return scale, shift, residual, index
+    if len(filters) == 0:
+        return
+    ranked = (x if x.ndim == 2 else x[:, None] for x in (index, scale, shift, residual))
+    implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, *ranked)
 
 
-def _empty(filters: Tensor, keys: Tensor, topk: int, positive: bool, backend: str) -> tuple[Tensor, ...]:
-    shape = (filters.shape[0], topk)
+def _empty(filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str) -> tuple[Tensor, ...]:
+    shape = (filters.shape[0],) if topk is None else (filters.shape[0], topk)
     scale, shift, residual = (filters.new_empty(shape, dtype=torch.float32) for _ in range(3))
     return scale, shift, residual, filters.new_empty(shape, dtype=torch.int32)
 
 
 _library = torch.library.Library("mkf", "DEF")
+_ARGUMENTS = "Tensor filters, Tensor keys, int? topk, bool positive, str backend"
 _library.define(  # the integer output last: opcheck adds the outputs up in their order
-    "affine_fit(Tensor filters, Tensor keys, int topk, bool positive, str backend)"
-    " -> (Tensor scale, Tensor shift, Tensor residual, Tensor index)"
+    f"affine_fit({_ARGUMENTS}) -> (Tensor scale, Tensor shift, Tensor residual, Tensor index)"
 )
 _library.impl("affine_fit", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mkf::affine_fit", _empty, lib=_library)
+_library.define(
+    f"affine_fit.out({_ARGUMENTS}, *, Tensor(a!) scale, Tensor(b!) shift, Tensor(c!) residual, Tensor(d!) index) -> ()"
+)
+_library.impl("affine_fit.out", _run_out, "CompositeExplicitAutograd")
+torch.library.register_fake("mkf::affine_fit.out", lambda *_, **__: None, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,7 +186,9 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     Where the residual is 0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter
     only moves its shift; a filter that is not finite gets gradient 0.
     """
-    filters, keys, index, scale, residual = ctx.saved_tensors
+    filters, keys, *outputs = ctx.saved_tensors
+    outputs = [x if x.ndim == 2 else x[:, None] for x in (*outputs, d_scale, d_shift, d_residual)]
+    index, scale, residual, d_scale, d_shift, d_residual = outputs
     dtype = torch.promote_types(torch.promote_types(filters.dtype, keys.dtype), torch.float32)
     f, q = filters.flatten(1).to(dtype), keys.flatten(1).to(dtype)
     taps = f.shape[1]

@@ -123,6 +123,111 @@ def test_an_implementation_that_cannot_run_says_why(filters, keys, monkeypatch):
         mkf.affine_fit(filters, keys)
 
 
+METHODS = [("one", None), ("one", 3), ("combination", None), ("combination", 3)]
+
+
+def buffers(fit, fill=99):
+    """Outputs like those of a fit, full of something else."""
+    return mkf.AffineFit(*(torch.full_like(x, fill) for x in fit))
+
+
+@pytest.mark.parametrize(("method", "topk"), METHODS)
+def test_out_is_written_and_returned(filters, keys, method, topk):
+    options = {"method": method, "topk": topk}
+    fit = mkf.affine_fit(filters, keys, **options)
+    out = buffers(fit)
+    assert mkf.affine_fit(filters, keys, **options, out=out) is out
+    assert all(torch.equal(x, y) for x, y in zip(out, fit, strict=True))
+    arrays = mkf.AffineFit(*(x.numpy() for x in buffers(fit)))
+    assert mkf.affine_fit(filters.numpy(), keys, **options, out=arrays) is arrays
+    assert all(np.array_equal(x, y.numpy()) for x, y in zip(arrays, fit, strict=True))
+    whole = mkf.AffineFit(*(torch.cat([x, x]) for x in buffers(fit)))  # a part of something larger
+    mkf.affine_fit(filters, keys, **options, out=mkf.AffineFit(*(x[10:] for x in whole)))
+    assert all(torch.equal(x[10:], y) and (x[:10] == 99).all() for x, y in zip(whole, fit, strict=True))
+    nothing = mkf.AffineFit(*(x[:0] for x in buffers(fit)))
+    assert mkf.affine_fit(filters[:0], keys, **options, out=nothing) is nothing
+
+
+@pytest.mark.parametrize("method", ["one", "combination"])
+def test_out_that_is_unfit(filters, keys, method):
+    fit = mkf.affine_fit(filters, keys, method=method, topk=2)
+
+    def refused(error, message, f=filters, **replaced):
+        out = buffers(fit)._replace(**replaced)
+        before = [x.clone() for x in out if isinstance(x, torch.Tensor) and not x.is_meta]
+        with pytest.raises(error, match=message):
+            mkf.affine_fit(f, keys, method=method, topk=2, out=out)
+        after = [x for x in out if isinstance(x, torch.Tensor) and not x.is_meta]
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+    refused(ValueError, r"out.scale has shape \(10,\): this fit writes \(10, 2\)", scale=torch.empty(10))
+    refused(ValueError, r"out.index has shape \(9, 2\)", index=torch.empty(9, 2, dtype=torch.int32))
+    refused(TypeError, "out.index is torch.int64: make it torch.int32", index=torch.empty(10, 2, dtype=torch.int64))
+    refused(TypeError, "out.scale is torch.float64: make it torch.float32", scale=torch.empty(10, 2).double())
+    refused(TypeError, "out.scale: expected a tensor or a numpy array, not list", scale=[1.0])
+    refused(ValueError, "out.scale is not contiguous", scale=torch.zeros(2, 10).T)
+    refused(ValueError, "out.scale is on meta, but the filters are on cpu", scale=torch.empty(10, 2, device="meta"))
+    frozen = np.zeros((10, 2), np.float32)
+    frozen.flags.writeable = False
+    refused(ValueError, "out.scale is read-only", scale=frozen)
+    refused(ValueError, "out.scale is an array that torch cannot share", scale=np.zeros((10, 2), ">f4"))
+    refused(ValueError, "out.scale is an array that torch cannot share", scale=np.zeros((10, 2), np.float32)[::-1])
+    refused(ValueError, "out.scale is not contiguous", scale=np.zeros((2, 10), np.float32).T)
+    with pytest.raises(TypeError, match="expected an AffineFit of four tensors or arrays, not tuple"):
+        mkf.affine_fit(filters, keys, method=method, topk=2, out=tuple(buffers(fit)))
+
+
+@pytest.mark.parametrize("method", ["one", "combination"])
+def test_out_that_shares_memory(method):
+    memory = torch.randn(30, 7, 7, generator=torch.Generator().manual_seed(0))
+    filters, keys = memory[:20], memory[20:24]
+    fit = mkf.affine_fit(filters, keys, method=method, topk=2)
+    out = buffers(fit)
+    flat = memory.view(-1)
+    within, in_keys, beside = flat[40:80].view(20, 2), flat[990:1030].view(20, 2), flat[1200:1240].view(20, 2)
+    for f in (filters, filters.numpy(), filters.transpose(1, 2)):
+        for scale, message in ((within, "out.scale shares memory with filters"), (in_keys, "with keys")):
+            with pytest.raises(ValueError, match=message):
+                mkf.affine_fit(f, keys, method=method, topk=2, out=out._replace(scale=scale))
+    mkf.affine_fit(filters, keys, method=method, topk=2, out=out._replace(scale=beside))
+    assert torch.equal(beside, fit.scale)
+    with pytest.raises(ValueError, match=r"out.index shares memory with out.scale"):
+        mkf.affine_fit(filters, keys, method=method, topk=2, out=out._replace(index=out.scale.view(torch.int32)))
+
+
+@pytest.mark.parametrize("method", ["one", "combination"])
+def test_out_has_no_gradients(filters, keys, method):
+    out = buffers(mkf.affine_fit(filters, keys, method=method))
+    for f, q, o in (
+        (filters.clone().requires_grad_(), keys, out),
+        (filters, keys.clone().requires_grad_(), out),
+        (filters, keys, out._replace(scale=out.scale.clone().requires_grad_())),
+    ):
+        with pytest.raises(RuntimeError, match="a fit with out= has no gradients"):
+            mkf.affine_fit(f, q, method=method, out=o)
+        with torch.no_grad():
+            mkf.affine_fit(f, q, method=method, out=o)
+    # What was saved for a backward and is overwritten since must not be used.
+    weight = torch.ones_like(out.scale, requires_grad=True)
+    product = (weight * out.scale).sum()
+    mkf.affine_fit(filters, keys, method=method, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize(("method", "topk"), METHODS)
+def test_out_compiled(filters, keys, method, topk):
+    fit = mkf.affine_fit(filters, keys, method=method, topk=topk)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(f, q, out):
+        return mkf.affine_fit(f, q, method=method, topk=topk, out=out).scale + 1
+
+    out = buffers(fit)
+    assert torch.equal(run(filters, keys, out), fit.scale + 1)
+    assert all(torch.equal(x, y) for x, y in zip(out, fit, strict=True))
+
+
 def test_meta_tensors_and_compile(filters, keys):
     fit = torch.ops.mkf.affine_fit(filters.to("meta"), keys.to("meta"), 2, False, "")
     assert [x.shape for x in fit] == [(10, 2)] * 4
@@ -185,3 +290,11 @@ def test_opcheck(filters, keys, view):
     f = view(filters)
     for wanted in (f, f.detach().requires_grad_()):
         torch.library.opcheck(torch.ops.mkf.affine_fit.default, (wanted, keys, 2, False, ""), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("topk", [None, 2])
+def test_opcheck_out(filters, keys, topk):
+    arguments = (filters.permute(0, 2, 1), keys, topk, False, "")
+    outputs = torch.ops.mkf.affine_fit.default(*arguments)
+    out = dict(zip(("scale", "shift", "residual", "index"), outputs, strict=True))
+    torch.library.opcheck(torch.ops.mkf.affine_fit.out, arguments, out)
