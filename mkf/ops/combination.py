@@ -159,7 +159,6 @@ def _run_out(
     outputs = {"scale": scale, "shift": shift, "residual": residual, "index": index}
     refuse_overlap({"filters": filters, "keys": keys}, outputs)
     _fit(filters, keys, topk, **outputs)
-    torch.autograd.graph.increment_version(list(outputs.values()))
 
 
 def _run(filters: Tensor, keys: Tensor, topk: int | None) -> tuple[Tensor, ...]:
@@ -223,7 +222,7 @@ def _gradients(
         dL/dy = p + dL/dr (e / r - r y) / ||y||^2,    dL/du_j = h_j e - c_j p - dL/dr c_j e / (r ||y||^2).
 
     Where the residual is 0 the zero subgradient is taken. A dead filter only moves its shift; one that is not finite
-    gets gradient 0. The keys are taken to be independent.
+    gets gradient 0. Dependent keys are differentiated as if they stayed dependent.
     """
     q = centred_keys(keys)
     taps, every = q.unit.shape[1], _with_all(q)
@@ -254,7 +253,7 @@ def _gradients(
         d_mean -= per_mean.sum(0)
     along = (d_unit * q.unit).sum(1, keepdim=True)
     d_centred = (d_unit - along * q.unit) / q.norm[:, None] + d_norm[:, None] * q.unit
-    d_keys = d_centred - d_centred.mean(1, keepdim=True) + d_mean[:, None] / taps
+    d_keys = d_centred + d_mean[:, None] / taps
     return d_filters, d_keys.view(keys.shape).to(keys.dtype)
 
 

@@ -146,12 +146,16 @@ def test_dependent_keys():
     assert all(sorted(row) == list(range(12)) for row in few.index.tolist())
 
 
-def test_keys_that_are_nearly_dependent():
-    keys = torch.cat([KEYS.double(), KEYS[:2].double() + 1e-4 * noise(2).double()])
-    filters = mixtures(20, 0.1, keys)
-    for m in (None, 3, 10):
+@pytest.mark.parametrize("distance", [1e-3, 2e-5])
+def test_keys_that_are_nearly_dependent(distance):
+    keys = torch.cat([KEYS] * 3).double() + distance * noise(24).double()
+    filters = torch.cat([mixtures(10, 0, keys), mixtures(10, 0.01, keys), noise(10).double()])
+    for m in (3, 24):
         fit = mkf.affine_fit(filters, keys, method="combination", topk=m)
-        np.testing.assert_allclose(fit.residual, expected(filters, keys, m)[3], rtol=2e-7)
+        residual = [expected(f[None], keys[j])[3].item() for f, j in zip(filters, fit.index, strict=True)]
+        np.testing.assert_allclose(fit.residual, residual, rtol=2e-7, atol=1e-10)
+    every = mkf.affine_fit(filters, keys, method="combination")
+    np.testing.assert_allclose(every.residual, residual, rtol=2e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("count", [49, 60, 256])
@@ -236,6 +240,24 @@ def test_gradients(m, budget, monkeypatch):
     torch.testing.assert_close(keys.grad, q.grad)
 
 
+def test_gradients_at_other_keys_than_the_best():
+    filters, keys = noise(20).double().requires_grad_(), KEYS.double().requires_grad_()
+    index = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:3] for i in range(20)])
+    outputs = differentiable(filters, keys, index)
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(outputs)]
+    right = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, outputs, strict=True)), (filters, keys))
+    own = torch.ops.mkf.affine_combination_gradients(filters.detach(), keys.detach(), 3, index.int(), *weights)
+    torch.testing.assert_close(own, right)
+
+
+def test_a_key_that_adds_nothing_has_no_gradients():
+    filters = noise(4).requires_grad_()
+    fit = mkf.affine_fit(filters, torch.cat([KEYS[:1], 2 * KEYS[:2] + 1]), method="combination", topk=3)
+    assert (fit.scale[:, 2] == 0).all()
+    fit.scale[:, 2].sum().backward()
+    assert (filters.grad == 0).all()
+
+
 def test_gradients_where_there_is_nothing_to_move():
     filters = noise(4)
     filters[0], filters[1], filters[2] = 2.0, KEYS[1] * 3 + KEYS[2], torch.nan
@@ -248,8 +270,13 @@ def test_gradients_where_there_is_nothing_to_move():
         assert (filters.grad[[0, 2]] == 0).all()
         assert (filters.grad[3] != 0).all()
         filters.grad = None
-        fit.shift[0].backward()
+        fit.shift.sum().backward()
         torch.testing.assert_close(filters.grad[0], torch.full((7, 7), 1 / 49))
+        assert (filters.grad[2] == 0).all()
+    exact = (3 * KEYS[1:2].double() + KEYS[2:3]).requires_grad_()
+    for m in (None, 4):
+        mkf.affine_fit(exact, KEYS.double(), method="combination", topk=m).residual.sum().backward()
+        assert (exact.grad == 0).all()
 
 
 @pytest.mark.parametrize("m", [None, 2])
