@@ -37,6 +37,7 @@ def write_fit(
     keys: Any,
     out: str | os.PathLike[str],
     *,
+    method: Literal["one", "combination"] = "one",
     sign: Literal["any", "positive"] = "any",
     topk: int | None = None,
     backend: str | None = None,
@@ -45,10 +46,10 @@ def write_fit(
 ) -> FitStatistics:
     """Fit filters as `affine_fit` does and write the fit to a Parquet file, a piece at a time.
 
-    The file has a row a filter, in their order: index (int32), scale, shift, residual (float32), as in `AffineFit`, or
-    fixed-size lists of m of them with `topk=m`; for a bank also model, layer and channel, to join them by. Its schema's
-    metadata hold, under `mkf.fit`, what was fitted to, as JSON: format, version, sign, topk, and the keys with names,
-    kinds, provenance, licence and filters [K][k][k].
+    The file has a row a filter, in their order: index (int32), scale, shift, residual (float32), as in `AffineFit`,
+    fixed-size lists of m where that has (N, m); for a bank also model, layer and channel, to join them by. Its schema's
+    metadata hold, under `mkf.fit`, what was fitted to, as JSON: format, version, method, sign, topk, and the keys with
+    names, kinds, provenance, licence and filters [K][k][k].
 
     A bank on disk or a memory-mapped file is read one piece ahead while the kernels run. The file appears under its
     name when it is complete, and one that was there is replaced then: a run that fails or is killed leaves the old one.
@@ -59,6 +60,7 @@ def write_fit(
             tensor.
         keys: A `KeySet`, or an array (K, k, k).
         out: The file; its folder is made if it is missing.
+        method: As `affine_fit` has it.
         sign: As `affine_fit` has it.
         topk: As `affine_fit` has it.
         backend: As `affine_fit` has it.
@@ -67,7 +69,8 @@ def write_fit(
         progress: Called as `progress(done, N)` after each piece.
 
     Returns:
-        The statistics of the fits written (of the best key with `topk`), in a single group.
+        The statistics of the fits written (of the best key with `topk`), in a single group. Combinations are counted
+        as fits by one key of positive scale.
 
     Raises:
         ValueError: What `affine_fit` refuses, a bank of several kernel sizes, or too little memory.
@@ -77,23 +80,27 @@ def write_fit(
     import pyarrow.parquet as pq
 
     refuse_mixed_sizes(filters)
-    rows = _rows(filters, memory)
+    lists = _lists(method, topk, len(keys))
+    longest = max(lists.values(), default=1)
+    rows = _rows(filters, memory, longest)
+    row_group = max(1, ROW_GROUP // longest)
     total = len(filters)
     is_bank = hasattr(filters, "batches")
-    tally = FitTally(len(keys), device=getattr(filters, "device", None) if isinstance(filters, torch.Tensor) else None)
+    device = filters.device if isinstance(filters, torch.Tensor) else None
+    tally = FitTally(1 if method == "combination" else len(keys), device=device)
 
     def fits() -> Iterator[pa.RecordBatch]:
         done = 0
         for piece in pieces:
-            fit = affine_fit(piece, keys, sign=sign, topk=topk, backend=backend)
-            tally.add(fit if topk is None else AffineFit(*(x[:, 0] for x in fit)))
+            fit = affine_fit(piece, keys, method=method, sign=sign, topk=topk, backend=backend)
+            tally.add(_counted(fit, method))
             yield _batch(fit, piece.metadata if is_bank else None, schema)
             done += len(piece)
             if progress is not None:
                 progress(done, total)
 
-    schema = _schema(is_bank, topk).with_metadata({FORMAT: json.dumps(_description(keys, sign, topk))})
-    floats = [name if topk is None else f"{name}.list.element" for name in ("scale", "shift", "residual")]
+    schema = _schema(is_bank, lists).with_metadata({FORMAT: json.dumps(_description(keys, method, sign, topk))})
+    leaves = {name: f"{name}.list.element" if name in lists else name for name in AffineFit._fields}
     strings = ["model", "layer"] if is_bank else []
     with (
         closing(stream.pieces(filters, rows)) as pieces,
@@ -103,35 +110,48 @@ def write_fit(
             file,
             schema,
             compression="zstd",
-            use_dictionary=["index" if topk is None else "index.list.element", *strings],
-            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+            use_dictionary=[leaves.pop("index"), *strings],
+            column_encoding=dict.fromkeys(leaves.values(), "BYTE_STREAM_SPLIT"),
             write_page_checksum=True,
         ) as writer,
     ):
-        for table in rechunk(fits(), ROW_GROUP):
-            writer.write_table(table, row_group_size=ROW_GROUP)
+        for table in rechunk(fits(), row_group):
+            writer.write_table(table, row_group_size=row_group)
     return tally.result()
 
 
-def _rows(filters: Any, memory: int) -> int:
+def _lists(method: str, topk: int | None, keys: int) -> dict[str, int]:
+    """The outputs that are lists, and their lengths."""
+    if method == "combination":
+        return dict.fromkeys(("index", "scale"), topk or keys)
+    return {} if topk is None else dict.fromkeys(AffineFit._fields, topk)
+
+
+def _rows(filters: Any, memory: int, longest: int) -> int:
     """Filters of a piece of which four (fitted, read ahead, being decoded, and what comes of it) stay in `memory`."""
     k = max(getattr(filters, "kernel_sizes", ()), default=11)
-    one = 4 * (k * k * 8 + 200)  # the widest numbers; a filter's row of metadata has less than 200 bytes
+    # The widest numbers; a filter's row of metadata has less than 200 bytes, and of each key four numbers of 4 bytes.
+    one = 4 * (k * k * 8 + 200 + 16 * longest)
     if memory < MEMORY_FIXED + one:
         raise ValueError(f"memory={memory}: a fit takes up to {(MEMORY_FIXED >> 20) + 1} MiB, whatever is fitted")
     return min(stream.ROWS_READ, (memory - MEMORY_FIXED) // one)
 
 
-def _schema(is_bank: bool, topk: int | None) -> pa.Schema:
+def _counted(fit: AffineFit, method: str) -> AffineFit:
+    """What the statistics are of."""
+    if method == "combination":
+        index, scale, shift, residual = map(torch.as_tensor, fit)
+        return AffineFit(index[:, 0].clamp(max=0), scale.abs().amax(1), shift, residual)
+    return fit if fit.index.ndim == 1 else AffineFit(*(x[:, 0] for x in fit))
+
+
+def _schema(is_bank: bool, lists: dict[str, int]) -> pa.Schema:
     import pyarrow as pa
 
-    def column(kind: pa.DataType) -> pa.DataType:
-        return kind if topk is None else pa.list_(kind, topk)
-
-    fit = [
-        pa.field(name, column(pa.int32() if name == "index" else pa.float32()), nullable=False)
-        for name in AffineFit._fields
-    ]
+    fit = []
+    for name in AffineFit._fields:
+        kind = pa.int32() if name == "index" else pa.float32()
+        fit.append(pa.field(name, pa.list_(kind, lists[name]) if name in lists else kind, nullable=False))
     metadata = [field for field in metadata_schema() if field.name in COLUMNS] if is_bank else []
     return pa.schema([*fit, *metadata])
 
@@ -148,7 +168,7 @@ def _batch(fit: AffineFit, metadata: pa.Table | None, schema: pa.Schema) -> pa.R
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _description(keys: Any, sign: str, topk: int | None) -> dict[str, Any]:
+def _description(keys: Any, method: str, sign: str, topk: int | None) -> dict[str, Any]:
     """What was fitted to: numbers as float32 holds them, names as far as the keys have any."""
     is_set = hasattr(keys, "filters")  # a tensor may have names too, those of its dimensions
     known = {name: getattr(keys, name) if is_set else None for name in ("names", "kinds", "provenance", "licence")}
@@ -156,6 +176,7 @@ def _description(keys: Any, sign: str, topk: int | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
+        "method": method,
         "sign": sign,
         "topk": topk,
         "keys": {**known, "filters": numbers.tolist()},

@@ -31,8 +31,12 @@ def command(
     ],
     out: Annotated[Path, typer.Option(help="The Parquet file to write; it is replaced once the new one is complete.")],
     keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    method: Annotated[
+        str, typer.Option(help="one key a filter, or a combination: least squares on several keys at once.")
+    ] = "one",
     topk: Annotated[
-        int | None, typer.Option(min=1, help="Write the best so many keys of each filter, as lists.")
+        int | None,
+        typer.Option(min=1, help="Write the best so many keys of each filter, as lists; combine so many, not all."),
     ] = None,
     sign: Annotated[str, typer.Option(help="any, or positive for scales of at least 0.")] = "any",
     backend: Annotated[str | None, typer.Option(help="Implementation, as `mkf env` lists them.")] = None,
@@ -66,11 +70,18 @@ def command(
 
             statistics = write_fit(
                 filters, key_set, out,
-                sign=sign, topk=topk, backend=backend, memory=bound, progress=show,  # type: ignore[arg-type]
+                method=method, sign=sign, topk=topk,  # type: ignore[arg-type]
+                backend=backend, memory=bound, progress=show,
             )  # fmt: skip
             seconds = time.perf_counter() - start
         console = stdout()
-        console.print(_table(statistics, key_set))
+        if method == "combination":
+            mean, std, median = (x.item() for x in (statistics.mean, statistics.std, statistics.quantile(0.5)))
+            console.print(
+                f"combinations of {topk or len(key_set)} keys: residual {mean:.3f}, std {std:.3f}, median {median:.3f}"
+            )
+        else:
+            console.print(_table(statistics, key_set))
         count, k = int(statistics.filters.sum()), key_set.kernel_size
         apart = f"{statistics.dead[0]} constant and {statistics.not_finite[0]} not finite, counted apart"
         itemsize = getattr(filters, "itemsize", 4)  # of an array; a bank's are float32

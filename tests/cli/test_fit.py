@@ -74,6 +74,19 @@ def test_an_array_and_options(tmp_path: Path, out: Path) -> None:
     assert "method B" in recorded["keys"]["provenance"]
 
 
+@pytest.mark.parametrize(("words", "count"), [((), 8), (("--topk", 3), 3)])
+def test_combinations(bank_dir: Path, out: Path, words: tuple[object, ...], count: int) -> None:
+    result = run(bank_dir, "--out", out, "--method", "combination", *words)
+    assert result.exit_code == 0, result.output
+    expected = affine_fit(FilterBank.open(bank_dir).select(k=7), paper8(), method="combination", topk=count)
+    mean = expected.residual[expected.residual > 0].mean()
+    assert f"combinations of {count} keys: residual {mean:.3f}, std" in result.stdout
+    assert "60 filters 7x7 (1 constant and 1 not finite, counted apart)" in result.stdout
+    table = pq.read_table(out)
+    assert table["scale"].type.list_size == count
+    np.testing.assert_allclose(table["residual"].to_numpy(), expected.residual.numpy(), rtol=1e-6)
+
+
 def test_a_checkpoint(data_dir: Path, out: Path) -> None:
     result = run(data_dir / "filters" / "team38_rfdnext.pth", "--out", out)
     assert result.exit_code == 0, result.output
@@ -92,6 +105,10 @@ def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> No
     assert "filters have shape (50,)" in refused(tmp_path / "flat.npy", "--out", out)
     assert "no keys called 'paper9'" in refused(bank_dir, "--out", out, "--keys", "paper9")
     assert "sign='negative'" in refused(bank_dir, "--out", out, "--sign", "negative")
+    assert "method='all'" in refused(bank_dir, "--out", out, "--method", "all")
+    assert "sign='positive' is for single keys" in refused(
+        bank_dir, "--out", out, "--method", "combination", "--sign", "positive"
+    )
     assert "topk=9" in refused(bank_dir, "--out", out, "--topk", 9)
     assert "abacus" in refused(bank_dir, "--out", out, "--backend", "abacus")
     assert "--memory plenty" in refused(bank_dir, "--out", out, "--memory", "plenty")
