@@ -48,7 +48,8 @@ class FilterBank:
             licence: Their licence, best as an SPDX identifier.
 
         Raises:
-            ValueError: A layer's shape, size or dtype is not that of a `Layer`, or it is on the meta device.
+            ValueError: A layer's shape, size or dtype is not that of a `Layer`, its values are beyond float32's range,
+                or it is on the meta device.
         """
         return cls(Shard(k, table) for k, table in layer_tables(layers, model, source, licence).items())
 
@@ -70,7 +71,8 @@ class FilterBank:
             licence: The weights' licence.
 
         Raises:
-            ValueError: The model has no such filter, or its weights are on the meta device.
+            ValueError: The model has no such filter, its values are beyond float32's range, or its weights are on the
+                meta device.
         """
         layers, skipped = extract.depthwise_layers(model)
         name = name or type(extract.unwrap(model)).__name__

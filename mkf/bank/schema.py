@@ -21,7 +21,8 @@ class Layer(NamedTuple):
 
     Attributes:
         name: The layer's name in its model.
-        filters: (C, k, k) or (C, 1, k, k), any real floating dtype, row-major, k odd, 3 to 11.
+        filters: (C, k, k) or (C, 1, k, k), any real floating dtype, row-major, k odd, 3 to 11. Values are held as
+            float32, and must be within its range where they are finite.
         stride: The convolution's stride; None where it is unknown or differs between the axes.
     """
 
@@ -101,4 +102,11 @@ def _as_float32(layer: Layer) -> torch.Tensor:
         raise ValueError(
             f"layer {layer.name!r}: its weights are on the meta device and have no values; load them first"
         )
-    return filters.to("cpu", torch.float32, copy=True).contiguous()
+    rounded = filters.to("cpu", torch.float32, copy=True).contiguous()
+    if (rounded.isinf() & filters.cpu().isfinite()).any():
+        raise ValueError(
+            f"layer {layer.name!r}: its filters are {filters.dtype} with values up to "
+            f"{filters[filters.isfinite()].abs().max():.3g}, beyond the range of float32, in which a bank keeps them: "
+            "scale them down, or leave this layer out"
+        )
+    return rounded

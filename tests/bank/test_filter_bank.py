@@ -138,6 +138,12 @@ def test_other_floating_dtypes_become_float32(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(bank.filters.numpy(), filters[:, 0].to(torch.float32).numpy())
 
 
+def test_what_is_not_finite_and_the_largest_float32_are_kept() -> None:
+    filters = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.float32).max]).double().expand(2, 3, 3)
+    bank = FilterBank.from_layers([Layer("a", filters)], "m")
+    np.testing.assert_array_equal(bank.filters.numpy(), filters.float().numpy())
+
+
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
@@ -149,6 +155,10 @@ def test_other_floating_dtypes_become_float32(dtype: torch.dtype) -> None:
         (torch.zeros(4, 3, 3, dtype=torch.int8), "floating-point"),
         (torch.zeros(4, 3, 3, dtype=torch.complex64), "floating-point"),
         (torch.zeros(4, 3, 3, device="meta"), "meta device"),
+        (
+            torch.tensor([1.0, torch.inf, -1e300], dtype=torch.float64).expand(2, 3, 3),
+            r"values up to 1e\+300, .* range of float32",
+        ),
     ],
 )
 def test_layers_that_are_no_filters_are_refused(filters: torch.Tensor, message: str) -> None:
