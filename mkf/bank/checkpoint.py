@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mkf.bank.extract import without_compiled
+from mkf.bank.extract import unshared, without_compiled
 from mkf.bank.schema import KERNEL_SIZES, Layer
 
 # Where training scripts put the weights; averaged weights first, since those are what is evaluated and published.
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
             f"no depthwise filters in {path.name}: no weight has the shape (C, 1, k, k) with C > 1 and k odd, 3 to 11"
             + (f"; other sizes or types: {', '.join(skipped)}" if skipped else "")
         )
-    return Checkpoint(models, source, licence, skipped)
+    return Checkpoint({model: unshared(layers) for model, layers in models.items()}, source, licence, skipped)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -43,6 +44,7 @@ def depthwise_layers(model: nn.Module) -> Extraction:
             layers.append(Layer(name, module.weight, stride))
         else:
             skipped.append(f"{name} ({height}x{width})")
+    layers = unshared(layers)
     if not layers:
         sizes = f"; depthwise but not square, odd and 3 to 11 wide: {', '.join(skipped)}" if skipped else ""
         raise ValueError(
@@ -67,6 +69,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def without_compiled(name: str) -> str:
     """A layer's name without the `_orig_mod` that torch.compile puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def unshared(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers without those whose weight is the very tensor of an earlier one: a bank is of filters, not of uses."""
+    first: dict[Any, Layer] = {}
+    for layer in layers:
+        weight = layer.filters
+        first.setdefault((weight.device, weight.dtype, weight.data_ptr(), weight.shape, weight.stride()), layer)
+    return list(first.values())
 
 
 def _is_depthwise(module: Any) -> bool:

@@ -61,8 +61,9 @@ class FilterBank:
 
         A layer counts if it is an `nn.Conv2d` or of a subclass, with groups == in_channels > 1, whatever its channel
         multiplier, and a square kernel of odd size 3 to 11; or a `KeyConv2d`, by its materialised filters.
-        DataParallel, DistributedDataParallel and torch.compile are looked through; a layer used twice counts once;
-        depth is the order of `model.modules()`. Depthwise layers of other sizes are named in a `UserWarning`.
+        DataParallel, DistributedDataParallel and torch.compile are looked through; a layer used twice counts once, and
+        so does a weight that several layers share, under the name and with the stride of the first: a bank is of
+        filters. Depth is the order of `model.modules()`. Depthwise layers of other sizes are named in a `UserWarning`.
 
         Args:
             model: The model, on any device but meta, of any floating dtype.
@@ -122,8 +123,9 @@ class FilterBank:
         `weight`. Only the model's code could tell them from an ordinary convolution of a single channel, such as the
         first layer of a network for grey images. A tensor named `MODEL/LAYER`, as in a collection of filters, is taken
         by its shape alone, and its model is MODEL. Depth is the order in the file; safetensors files do not keep one,
-        so their names are sorted naturally (`blocks.3` before `blocks.10`). The stride is unknown, hence null. Tensors
-        like depthwise filters of another size or dtype are named in a `UserWarning`.
+        so their names are sorted naturally (`blocks.3` before `blocks.10`). The stride is unknown, hence null. A tensor
+        that a model's layers share counts once, under its first name. Tensors like depthwise filters of another size or
+        dtype are named in a `UserWarning`.
 
         Args:
             path: The file.

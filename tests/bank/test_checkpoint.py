@@ -99,6 +99,19 @@ def test_a_model_and_its_checkpoint_give_the_same_filters(tmp_path: Path) -> Non
     assert read.metadata.select(same).equals(direct.metadata.select(same))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_shared_weight_counts_once_per_model(tmp_path: Path, zipped: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 7, groups=8), nn.Conv2d(8, 8, 7, groups=8), nn.Conv2d(8, 8, 7, groups=8))
+    net[1].weight = net[0].weight
+    path = saved(tmp_path / "net.pt", net.state_dict(), _use_new_zipfile_serialization=zipped)
+    bank = FilterBank.from_checkpoint(path)
+    assert bank.layers()["layer"].to_pylist() == ["0", "2"]
+    assert torch.equal(bank.filters, FilterBank.from_model(net).filters)
+    shared = weight()
+    collection = saved(tmp_path / "two.pt", {"a/x.weight": shared, "b/x.weight": shared})
+    assert len(FilterBank.from_checkpoint(collection)) == 8
+
+
 def test_only_weights_of_the_right_shape_count(tmp_path: Path) -> None:
     state = {
         "good.weight": weight(),

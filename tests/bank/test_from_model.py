@@ -61,6 +61,16 @@ def test_a_module_used_twice_counts_once() -> None:
     assert len(FilterBank.from_model(nn.Sequential(conv, nn.ReLU(), conv))) == 4
 
 
+def test_a_weight_that_layers_share_counts_once_under_the_first_name() -> None:
+    first, second, third = depthwise(stride=2), depthwise(), depthwise()
+    second.weight = first.weight
+    third.weight.data = first.weight.data.clone()  # equal, but its own
+    rows = FilterBank.from_model(nn.Sequential(first, second, third)).layers().to_pylist()
+    assert [(row["layer"], row["depth"], row["stride"], row["filters"]) for row in rows] == [
+        ("0", 0, 2, 4), ("2", 1, 1, 4),
+    ]  # fmt: skip
+
+
 def wrapped_in_data_parallel(model: nn.Module) -> nn.Module:
     return nn.DataParallel(model)
 
