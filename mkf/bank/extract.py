@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from mkf.bank.schema import KERNEL_SIZES, Layer
 
@@ -41,7 +43,7 @@ def depthwise_layers(model: nn.Module) -> Extraction:
         height, width = module.kernel_size
         if height == width and height in KERNEL_SIZES:
             stride = module.stride[0] if len(set(module.stride)) == 1 else None
-            layers.append(Layer(name, module.weight, stride))
+            layers.append(Layer(name, _weight_in_force(module), stride))
         else:
             skipped.append(f"{name} ({height}x{width})")
     layers = unshared(layers)
@@ -78,6 +80,20 @@ def unshared(layers: Iterable[Layer]) -> list[Layer]:
         weight = layer.filters
         first.setdefault((weight.device, weight.dtype, weight.data_ptr(), weight.shape, weight.stride()), layer)
     return list(first.values())
+
+
+def _weight_in_force(module: nn.Module) -> Any:
+    """The weight that the layer's next forward would use.
+
+    Under the old `torch.nn.utils.weight_norm` and `spectral_norm`, `.weight` is what the last forward left there; a
+    hook makes it anew before each.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(module, do_power_iteration=False)
+    return module.weight
 
 
 def _is_depthwise(module: Any) -> bool:

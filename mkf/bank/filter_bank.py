@@ -63,7 +63,9 @@ class FilterBank:
         multiplier, and a square kernel of odd size 3 to 11; or a `KeyConv2d`, by its materialised filters.
         DataParallel, DistributedDataParallel and torch.compile are looked through; a layer used twice counts once, and
         so does a weight that several layers share, under the name and with the stride of the first: a bank is of
-        filters. Depth is the order of `model.modules()`. Depthwise layers of other sizes are named in a `UserWarning`.
+        filters. Weights under a parametrisation, or under the older weight_norm and spectral_norm, are those that the
+        next forward would use. Depth is the order of `model.modules()`. Depthwise layers of other sizes are named in a
+        `UserWarning`.
 
         Args:
             model: The model, on any device but meta, of any floating dtype.

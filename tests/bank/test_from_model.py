@@ -117,6 +117,18 @@ def test_parametrised_weights_are_those_in_force() -> None:
     assert torch.equal(FilterBank.from_model(conv).filters, conv.weight[:, 0])
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_of_old_style_normalisation_are_those_of_the_next_forward(normalise) -> None:
+    conv, trained = normalise(depthwise(k=3)), normalise(depthwise(k=3)).eval()
+    conv.load_state_dict(trained.state_dict())
+    before = conv.eval().weight.detach().clone()
+    filters = FilterBank.from_model(conv).filters
+    conv(torch.zeros(1, 4, 9, 9))
+    assert not torch.equal(conv.weight, before)
+    assert torch.equal(filters, conv.weight[:, 0])
+
+
 def test_other_kernel_sizes_are_named_in_a_warning() -> None:
     model = nn.Sequential(depthwise(), depthwise(k=(1, 7)), depthwise(k=4), depthwise(k=13), depthwise(k=1))
     with pytest.warns(UserWarning, match=r"net: left out 4 depthwise .*: 1 \(1x7\), 2 \(4x4\), 3 \(13x13\), 4 \(1x1\)"):
