@@ -7,11 +7,11 @@ keys = mkf.KeySet.load("keys.safetensors")  # somebody's, or yours after `keys.s
 keys = mkf.KeySet(filters)  # any (K, k, k) array
 """
 
+from mkf.kernels.key_conv2d.structure import Structure, Tap
 from mkf.keys.control import random
 from mkf.keys.gaussian import analytic
 from mkf.keys.key_set import KeySet
 from mkf.keys.published import paper8
 from mkf.keys.spec import parse
-from mkf.keys.structure import Structure, Tap
 
 __all__ = ["KeySet", "Structure", "Tap", "analytic", "paper8", "parse", "random"]

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mkf.keys import storage, structure
+from mkf.kernels.key_conv2d import KeyPlan, structure
+from mkf.kernels.key_conv2d.plan import make_plan
+from mkf.keys import storage
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256  # an index into a key set fits one byte
@@ -96,11 +98,22 @@ class KeySet:
 
     @cached_property
     def structure(self) -> tuple[structure.Structure, ...]:
-        """For each key the cheapest sum of separable terms and single taps that equals it to float32 rounding.
+        """For each key the cheapest sum of separable terms, a box and a single tap that equals it to float32 rounding.
 
         Found numerically in the keys as they are stored, on first use; see `mkf.keys.Structure`.
         """
         return tuple(structure.find(key) for key in self._float64())
+
+    def plan(self, tolerance: float = 0.0) -> KeyPlan:
+        """How a convolution with these keys is cheapest: `print(keys.plan())` shows multiply-adds per output and error.
+
+        It is what `mkf.ops.key_conv2d` computes by, found anew at each call. See `mkf.kernels.key_conv2d.KeyPlan`.
+
+        Args:
+            tolerance: The largest relative L2 error that a key may be described with, in [0, 1). With 0 it is exact to
+                float32 rounding, which saves nothing for keys that are not separable, such as the published ones.
+        """
+        return make_plan(self._filters, tolerance)
 
     def rank_residuals(self) -> torch.Tensor:
         """How well sums of r separable terms approximate each key, (K, k) float64.

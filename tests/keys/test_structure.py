@@ -1,4 +1,4 @@
-"""Separable terms and single taps, found in keys that were built from known ones."""
+"""Separable terms, boxes and single taps, found in keys that were built from known ones."""
 
 import numpy as np
 import pytest
@@ -93,9 +93,38 @@ def test_nearly_separable_is_not_separable() -> None:
     assert found.rank == 7
 
 
-def test_an_offset_is_one_more_term() -> None:
-    shifted = KeySet(analytic("B").filters[:6] + 1)
-    assert [key.rank for key in shifted.structure] == [2] * 6
+@given(
+    st.sampled_from([(5, 1), (7, 1), (7, 2), (11, 3)]),
+    st.booleans(),
+    st.tuples(st.integers(0, 10), st.integers(0, 10)),
+    st.floats(0.3, 20),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_box_is_found(size: tuple[int, int], tap: bool, at: tuple[int, int], weight: float, seed: int) -> None:
+    k, rank = size
+    key = built(k, rank, seed) + weight
+    if tap:
+        key[at[0] % k, at[1] % k] -= 2 * weight
+    (found,) = KeySet(key[None]).structure
+    assert found.multiplications <= min(2 * k * (rank + 1) + tap, k * k)
+    assert found.residual < 3e-6
+    np.testing.assert_allclose(found.dense(), scale(key) * key, atol=3e-6)
+
+
+def test_an_offset_is_a_box() -> None:
+    for key, plain in zip(KeySet(analytic("B").filters + 1).structure, analytic("B").structure, strict=True):
+        assert (key.rank, len(key.taps)) == (plain.rank, len(plain.taps))
+        assert key.box == pytest.approx(1, rel=1e-5)
+        assert key.multiplications == plain.multiplications + 14
+        assert "box=1, " in repr(key)
+
+
+def test_centred_analytic_keys_are_one_term_and_a_box() -> None:
+    *separable, seventh, eighth = KeySet(analytic("A").centred()).structure
+    assert [(key.rank, key.taps) for key in (*separable, eighth)] == [(1, ())] * 7
+    assert [key.box == 0 for key in (*separable, eighth)] == [False] * 4 + [True] * 2 + [False]
+    assert (seventh.rank, seventh.taps[0][:2], seventh.multiplications) == (2, (3, 3), 43)
+    assert seventh.box == pytest.approx(-float(analytic("A").filters[6].mean()), rel=1e-4)
 
 
 def test_rank_residuals_are_those_of_the_truncated_svd() -> None:

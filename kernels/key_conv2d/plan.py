@@ -1,0 +1,103 @@
+"""From keys to the plan by which they are convolved with."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mkf.kernels.key_conv2d import KeyPlan, structure
+
+PLANS = 256  # kept at a time; a network has one set of keys, or a few
+
+_plans: dict[tuple[object, ...], tuple[KeyPlan, Tensor | None]] = {}
+
+
+def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
+    """Find the cheapest description of each key; some milliseconds.
+
+    Args:
+        keys: (K, k, k) float32 or float64.
+        tolerance: The largest relative L2 error of a key; 0 for exact, which is to float32 rounding.
+
+    Raises:
+        ValueError: A key is not finite, or the tolerance is not in [0, 1).
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: it is a relative error, in [0, 1)")
+    values = keys.detach().double().cpu().numpy()
+    finite = np.isfinite(values).all((1, 2))
+    if not finite.all():
+        raise ValueError(f"keys {np.flatnonzero(~finite).tolist()} are not finite: repair them or leave them out")
+    plan = _all_direct(*keys.shape[:2])
+    found = [structure.find(key, tolerance) for key in values]
+    separable = [i for i, key in enumerate(found) if key.multiplications < keys[0].numel()]
+    most = max((found[i].rank for i in separable), default=1) or 1
+    shape = (len(keys), most, keys.shape[-1])
+    plan = KeyPlan(*(x.clone() for x in plan))
+    plan = plan._replace(keys=keys.detach().clone(), columns=torch.zeros(shape), rows=torch.zeros(shape))
+    for i in separable:
+        key = found[i]
+        plan.direct[i] = False
+        plan.terms[i] = key.rank
+        plan.columns[i, : key.rank] = key.columns.T
+        plan.rows[i, : key.rank] = key.rows
+        plan.box[i] = key.box
+        for tap in key.taps:
+            plan.tap_row[i], plan.tap_column[i], plan.tap[i] = tap
+    missed = (torch.from_numpy(values) - plan.dense()).flatten(1).norm(dim=1)
+    size = torch.from_numpy(values).flatten(1).norm(dim=1)
+    return plan._replace(error=torch.where(size > 0, missed / size, 0.0))
+
+
+def plan_of(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
+    """The plan of keys as they are now, made once as long as they stay what they are.
+
+    Keys on the CPU are known by their bytes (1.5 kB for eight of 7x7, about a microsecond), so nothing that is written
+    to them goes unnoticed, whichever way. On a GPU that would wait for everything queued there, so keys are known by
+    their address and version counter: all of torch's in-place functions count, writing through `.data`, DLPack or a
+    kernel of one's own does not. Keys that require a gradient change all the time: they are taken as k * k taps,
+    without being looked at.
+
+    Args:
+        keys: (K, k, k) float32 or float64, contiguous.
+        tolerance: See `make_plan`.
+    """
+    if keys.requires_grad:
+        return _all_direct(*keys.shape[:2])._replace(keys=keys.detach())
+    alive = None
+    if keys.device.type == "cpu":
+        identity: tuple[object, ...] = (keys.numpy().tobytes(), keys.shape, keys.dtype, tolerance)
+    elif keys.is_inference():  # these have no version counter
+        return make_plan(keys, tolerance)
+    else:
+        identity = (keys.device, keys.data_ptr(), keys._version, keys.shape, keys.dtype, tolerance)
+        alive = keys.detach()  # as long as the plan, so that no other keys can come to the same address
+    known = _plans.get(identity)
+    if known is None:
+        if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("these keys are new, and reading them would break the capture: call once before it")
+        known = make_plan(keys, tolerance), alive
+        while len(_plans) >= PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[identity] = known
+    return known[0]
+
+
+@cache
+def _all_direct(count: int, k: int) -> KeyPlan:
+    """A plan of k * k taps for every key; its keys are zero."""
+    zero, integer = torch.zeros(count), torch.zeros(count, dtype=torch.int32)
+    factors = torch.zeros(count, 1, k)
+    return KeyPlan(
+        keys=torch.zeros(count, k, k),
+        direct=torch.ones(count, dtype=torch.bool),
+        terms=integer,
+        columns=factors,
+        rows=factors,
+        box=zero,
+        tap=zero,
+        tap_row=integer,
+        tap_column=integer,
+        error=zero.double(),
+    )
