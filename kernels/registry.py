@@ -2,10 +2,13 @@
 
 To add one, write its file and add its line to `IMPLEMENTATIONS`. Its module has two functions: one named like the
 operator, and `why_not(device) -> str | None`, the reason it cannot run on that device, None if it can. Neither may
-import anything heavy before it is called.
+import anything heavy before it is called. Operators whose implementations do not serve every call ask for a further
+function, which their folder's docstring tells.
 """
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -35,7 +38,8 @@ class Implementation:
 
     def load(self) -> ModuleType:
         """The module that holds it."""
-        return import_module(f"mkf.kernels.{self.operator}.{self.name}")
+        name = f"mkf.kernels.{self.operator}.{self.name}"
+        return sys.modules.get(name) or import_module(name)
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, or None if it can."""
@@ -55,7 +59,11 @@ IMPLEMENTATIONS = (  # for each operator in the order of preference
         "affine_fit", "triton", ("cuda",), "Triton, for NVIDIA GPUs without the CUDA kernels and for AMD GPUs"
     ),
     Implementation("affine_fit", "reference", (), "PyTorch, the readable definition, on any device"),
+    Implementation("key_conv2d", "reference", (), "PyTorch's depthwise convolution with the filters written out"),
 )
+
+WhyNotCall = Callable[[ModuleType], str | None]
+"""Asks the module of an implementation why it cannot serve one particular call; None if it can."""
 
 
 def implementations(operator: str) -> tuple[Implementation, ...]:
@@ -68,29 +76,46 @@ def operators() -> tuple[str, ...]:
     return tuple(dict.fromkeys(i.operator for i in IMPLEMENTATIONS))
 
 
-def choose(operator: str, device: torch.device, backend: str | None = None) -> Implementation:
+def choose(
+    operator: str, device: torch.device, backend: str | None = None, why_not_call: WhyNotCall | None = None
+) -> Implementation:
     """The implementation to run: the one asked for, else the first that can.
 
     Args:
         operator: Name of the operator.
         device: Where the tensors are.
         backend: Name of an implementation. Without one, the environment variable `MKF_BACKEND` counts.
+        why_not_call: For an operator whose implementations do not serve every call.
 
     Raises:
         ValueError: There is no implementation of that name.
-        BackendError: The one asked for cannot run on `device`.
+        BackendError: The one asked for cannot run on `device`, or cannot serve the call.
     """
-    known = implementations(operator)
     wanted = backend or os.environ.get("MKF_BACKEND")
     if not wanted:
-        return next(i for i in known if i.why_not(device) is None)
+        return next(i for i in IMPLEMENTATIONS if i.operator == operator and _why_not(i, device, why_not_call) is None)
+    known = implementations(operator)
     source = "backend=" if backend else "MKF_BACKEND="
     names = ", ".join(i.name for i in known)
     chosen = next((i for i in known if i.name == wanted), None)
     if chosen is None:
         raise ValueError(f"{source}{wanted!r}: {operator} has no such implementation; there are {names}")
-    reason = chosen.why_not(device)
+    reason = _why_not(chosen, device, why_not_call)
     if reason is not None:
-        runs = ", ".join(i.name for i in known if i.why_not(device) is None)
+        runs = ", ".join(i.name for i in known if _why_not(i, device, why_not_call) is None)
         raise BackendError(f"{source}{wanted!r} cannot run {operator} on {device}: {reason}. Here {runs} can.")
     return chosen
+
+
+def passed_over(
+    operator: str, device: torch.device, chosen: Implementation, why_not_call: WhyNotCall | None = None
+) -> dict[str, str]:
+    """Why the implementations that are written for `device` and preferred to `chosen` were not: reasons by name."""
+    known = implementations(operator)
+    preferred = (i for i in known[: known.index(chosen)] if not i.devices or device.type in i.devices)
+    return {i.name: _why_not(i, device, why_not_call) or "another was asked for" for i in preferred}
+
+
+def _why_not(implementation: Implementation, device: torch.device, why_not_call: WhyNotCall | None) -> str | None:
+    reason = implementation.why_not(device)
+    return why_not_call(implementation.load()) if reason is None and why_not_call is not None else reason

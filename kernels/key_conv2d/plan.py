@@ -6,11 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mkf.kernels.derived import Derived
 from mkf.kernels.key_conv2d import KeyPlan, structure
-
-PLANS = 256  # kept at a time; a network has one set of keys, or a few
-
-_plans: dict[tuple[object, ...], tuple[KeyPlan, Tensor | None]] = {}
 
 
 def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
@@ -50,38 +47,19 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     return plan._replace(error=torch.where(size > 0, missed / size, 0.0))
 
 
-def plan_of(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
-    """The plan of keys as they are now, made once as long as they stay what they are.
-
-    Keys on the CPU are known by their bytes (1.5 kB for eight of 7x7, about a microsecond), so nothing that is written
-    to them goes unnoticed, whichever way. On a GPU that would wait for everything queued there, so keys are known by
-    their address and version counter: all of torch's in-place functions count, writing through `.data`, DLPack or a
-    kernel of one's own does not. Keys that require a gradient change all the time: they are taken as k * k taps,
-    without being looked at.
+def plan_of(keys: Tensor, tolerance: float | None) -> KeyPlan:
+    """The plan of keys as they are now, made once as long as they stay what they are (see `mkf.kernels.derived`).
 
     Args:
         keys: (K, k, k) float32 or float64, contiguous.
-        tolerance: See `make_plan`.
+        tolerance: See `make_plan`. None takes the keys as k * k taps without looking at them: for keys that train,
+            which are others at every step.
     """
-    if keys.requires_grad:
-        return _all_direct(*keys.shape[:2])._replace(keys=keys.detach())
-    alive = None
-    if keys.device.type == "cpu":
-        identity: tuple[object, ...] = (keys.numpy().tobytes(), keys.shape, keys.dtype, tolerance)
-    elif keys.is_inference():  # these have no version counter
-        return make_plan(keys, tolerance)
-    else:
-        identity = (keys.device, keys.data_ptr(), keys._version, keys.shape, keys.dtype, tolerance)
-        alive = keys.detach()  # as long as the plan, so that no other keys can come to the same address
-    known = _plans.get(identity)
-    if known is None:
-        if keys.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("these keys are new, and reading them would break the capture: call once before it")
-        known = make_plan(keys, tolerance), alive
-        while len(_plans) >= PLANS:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[identity] = known
-    return known[0]
+    keys = keys.detach()
+    return _all_direct(*keys.shape[:2])._replace(keys=keys) if tolerance is None else _plans(keys, tolerance)
+
+
+_plans = Derived(make_plan)
 
 
 @cache

@@ -137,15 +137,15 @@ def test_keys_that_are_not_finite() -> None:
     keys = noise(3, 7, 7)
     keys[1, 2, 3], keys[2, 0, 0] = torch.nan, torch.inf
     with pytest.raises(ValueError, match=r"keys \[1, 2\] are not finite"):
-        plan_of(keys)
+        plan_of(keys, 0.0)
 
 
 class TestPlansAreNeverStale:
     def test_the_same_keys_have_one_plan(self) -> None:
         keys = mkf.keys.analytic("B").filters
-        assert plan_of(keys) is plan_of(keys.clone())
-        assert plan_of(keys) is not plan_of(keys, 0.1)
-        assert plan_of(keys) is not plan_of(keys.double())
+        assert plan_of(keys, 0.0) is plan_of(keys.clone(), 0.0)
+        assert plan_of(keys, 0.0) is not plan_of(keys, 0.1)
+        assert plan_of(keys, 0.0) is not plan_of(keys.double(), 0.0)
 
     @pytest.mark.parametrize(
         "write",
@@ -158,28 +158,21 @@ class TestPlansAreNeverStale:
     )
     def test_writing_in_place_makes_another(self, write) -> None:
         keys = mkf.keys.analytic("B").filters
-        before = plan_of(keys)
+        before = plan_of(keys, 0.0)
         old = before.keys.clone()
         write(keys)
-        after = plan_of(keys)
+        after = plan_of(keys, 0.0)
         assert torch.equal(after.keys, keys)
         assert torch.equal(before.keys, old)
         np.testing.assert_allclose(after.dense(), keys, atol=1e-6)
 
     def test_keys_that_train_are_not_analysed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         keys = torch.nn.Parameter(mkf.keys.analytic("B").filters)
-        monkeypatch.setattr(planning, "make_plan", None)
-        plan = plan_of(keys)
+        monkeypatch.setattr(planning, "_plans", None)
+        plan = plan_of(keys, None)
         assert plan.direct.all()
         assert plan.keys.data_ptr() == keys.data_ptr()
         assert not plan.keys.requires_grad
-
-    def test_there_are_never_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(planning, "PLANS", 3)
-        monkeypatch.setattr(planning, "_plans", {})
-        for seed in range(8):
-            plan_of(noise(2, 3, 3, seed=seed))
-        assert len(planning._plans) == 3
 
 
 def test_a_tap_that_is_needed_twice_is_no_structure() -> None:
