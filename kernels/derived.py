@@ -1,8 +1,9 @@
 """What follows from the values of a small tensor, computed once as long as they stay what they are."""
 
 from collections.abc import Callable, Hashable
+from ctypes import string_at
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,25 +27,30 @@ class Derived(Generic[T]):
     def __init__(self, function: Callable[..., T], size: int = 256) -> None:
         self.function = function
         self.size = size
+        self._last: dict[Hashable, tuple[bytes, T]] = {}  # by place, so that bytes need not be hashed
         self._known: dict[Hashable, tuple[T, Tensor | None]] = {}
         self._lock = Lock()
 
     def __call__(self, tensor: Tensor, *arguments: Hashable) -> T:
-        """The function's result for a tensor that requires no gradient.
+        """The function's result for a contiguous tensor.
 
         Raises:
             RuntimeError: The tensor is new, on a GPU, and a CUDA graph is being captured, where nothing can be read.
         """
-        alive = None
-        identity: Hashable
-        if tensor.device.type == "cpu":
-            identity = (tensor.numpy().tobytes(), tensor.shape, tensor.dtype, arguments)
-        elif tensor.is_inference():  # these have no version counter
+        if tensor.is_cpu:
+            values = string_at(tensor.data_ptr(), tensor.nbytes)
+            place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
+            last = self._last.get(place)
+            if last is None or last[0] != values:
+                last = values, self._look_up((values, *place[1:]), tensor, arguments)
+                self._put(self._last, place, last)
+            return last[1]
+        if tensor.is_inference():  # these have no version counter
             return self.function(tensor, *arguments)
-        else:
-            alive = tensor.detach()  # kept with the result, so that no other tensor can come to the same address
-            place = tensor.device, tensor.data_ptr(), tensor._version
-            identity = (place, tensor.shape, tensor.stride(), tensor.dtype, arguments)
+        version = (tensor.device, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, arguments)
+        return self._look_up(version, tensor, arguments)
+
+    def _look_up(self, identity: Hashable, tensor: Tensor, arguments: tuple[Hashable, ...]) -> T:
         known = self._known.get(identity)
         if known is None:
             if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -52,9 +58,13 @@ class Derived(Generic[T]):
                     "a CUDA graph is being captured, and a tensor whose values must be read is new or was written to: "
                     "call once with it before the capture"
                 )
-            known = self.function(tensor, *arguments), alive
-            with self._lock:
-                while len(self._known) >= self.size:
-                    del self._known[next(iter(self._known))]
-                self._known[identity] = known
+            # A tensor on a GPU is kept with the result, so that no other one can come to the same address.
+            known = self.function(tensor, *arguments), None if tensor.is_cpu else tensor.detach()
+            self._put(self._known, identity, known)
         return known[0]
+
+    def _put(self, results: dict[Hashable, Any], identity: Hashable, result: Any) -> None:
+        with self._lock:
+            while len(results) >= self.size:
+                del results[next(iter(results))]
+            results[identity] = result

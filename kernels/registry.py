@@ -7,9 +7,9 @@ function, which their folder's docstring tells.
 """
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from types import ModuleType
 
@@ -38,8 +38,11 @@ class Implementation:
 
     def load(self) -> ModuleType:
         """The module that holds it."""
-        name = f"mkf.kernels.{self.operator}.{self.name}"
-        return sys.modules.get(name) or import_module(name)
+        return self._module
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return import_module(f"mkf.kernels.{self.operator}.{self.name}")
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, or None if it can."""

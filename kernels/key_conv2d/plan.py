@@ -55,8 +55,9 @@ def plan_of(keys: Tensor, tolerance: float | None) -> KeyPlan:
         tolerance: See `make_plan`. None takes the keys as k * k taps without looking at them: for keys that train,
             which are others at every step.
     """
-    keys = keys.detach()
-    return _all_direct(*keys.shape[:2])._replace(keys=keys) if tolerance is None else _plans(keys, tolerance)
+    if tolerance is None:
+        return _all_direct(*keys.shape[:2])._replace(keys=keys.detach())
+    return _plans(keys, tolerance)
 
 
 _plans = Derived(make_plan)

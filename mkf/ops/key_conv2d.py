@@ -1,10 +1,10 @@
 """The key convolution: a depthwise convolution whose filters are scaled and shifted copies of a few shared keys."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from mkf.kernels.registry import choose, passed_over
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 Pair = tuple[int, int]
 
@@ -76,21 +79,22 @@ def key_conv2d(
         TypeError: Dtypes that are no floating-point numbers or do not go together.
         BackendError: The implementation asked for cannot run there, or cannot serve this call.
     """
-    x = _input(x)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    q = _keys(keys, x)
-    padding = resolve_padding(padding, q.shape[-1], stride, dilation)
-    _check_size(x, q.shape[-1], stride, padding, dilation)
-    index, scale, shift, bias = _parameters(x, q, index, scale, shift, bias)
-    batch = x if x.ndim == 4 else x[None]
-    planned = None if q.requires_grad else tolerance
-    arguments = (batch, q, index, scale, shift, bias, stride, padding, dilation, planned, backend or "")
-    if not _is_plain(batch, q, index, scale, shift, bias):
+    x, keys, index, scale, shift, bias, options = _prepare(
+        x, keys, index, scale, shift, bias, stride, padding, dilation, tolerance, backend
+    )
+    arguments = (x if x.ndim == 4 else x[None], keys, index, scale, shift, bias, *options)
+    if not _is_plain(x, keys, index, scale, shift, bias):
         out: Tensor = torch.ops.mkf.key_conv2d(*arguments)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or shift.requires_grad
+        or scale.requires_grad
+        or keys.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         out = _KeyConv2d.apply(*arguments)
     else:
-        out = _run(*arguments)
+        out, _ = _forward(*arguments)
     return out if x.ndim == 4 else out[0]
 
 
@@ -107,13 +111,15 @@ def explain_key_conv2d(
 
     The arguments are those of `key_conv2d` and refused alike. Nothing is computed.
     """
-    x = _input(x)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    q = _keys(keys, x)
-    padding = resolve_padding(padding, q.shape[-1], stride, dilation)
-    _check_size(x, q.shape[-1], stride, padding, dilation)
+    c = x.shape[-3] if isinstance(x, Tensor) and x.ndim in (3, 4) else 0
+    index, scale = torch.zeros(c, dtype=torch.int32), torch.zeros(c)  # any
+    if isinstance(x, Tensor):
+        index, scale = index.to(x.device), scale.to(x.device)
+    x, q, *_, (stride, padding, dilation, planned, backend) = _prepare(
+        x, keys, index, scale, scale, None, stride, padding, dilation, tolerance, backend
+    )
     x = _dense(x if x.ndim == 4 else x[None])
-    plan = plan_of(q.contiguous(), None if q.requires_grad else tolerance)
+    plan = plan_of(q.contiguous(), planned)
 
     def why_not_call(module: ModuleType) -> str | None:
         reason: str | None = module.why_not_call(x, plan, stride, padding, dilation)
@@ -122,6 +128,151 @@ def explain_key_conv2d(
     chosen = choose("key_conv2d", x.device, backend, why_not_call)
     reasons = passed_over("key_conv2d", x.device, chosen, why_not_call)
     return "; ".join([f"{chosen.name}: {chosen.description}", *(f"not {name}: {why}" for name, why in reasons.items())])
+
+
+class _Checked(NamedTuple):
+    """What `_check` makes of the arguments.
+
+    Attributes:
+        stride: Vertical, horizontal.
+        padding: Rows and columns of zeros on every side.
+        dilation: Vertical, horizontal.
+        dtype: Of the parameters in the computation.
+        converts: Whether a parameter has another dtype, or the index is not int32.
+    """
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    dtype: torch.dtype
+    converts: bool
+
+
+_Described = tuple[Sequence[int], torch.dtype, torch.device]
+"""A tensor as far as its values do not matter."""
+
+
+def _prepare(
+    x: Tensor,
+    keys: Any,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    tolerance: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+    """Check all but values and bring the tensors to the dtypes of the computation; with them come the options."""
+    if not isinstance(keys, Tensor) and hasattr(keys, "filters") and isinstance(x, Tensor):
+        keys = _filters(keys, x.device)
+    try:
+        tensors = (
+            (x.shape, x.dtype, x.device),
+            (keys.shape, keys.dtype, keys.device),
+            (index.shape, index.dtype, index.device),
+            (scale.shape, scale.dtype, scale.device),
+            (shift.shape, shift.dtype, shift.device),
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+        )
+    except AttributeError:
+        for name, t in (("x", x), ("keys", keys), ("index", index), ("scale", scale), ("shift", shift), ("bias", bias)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}: expected a tensor, not {type(t).__name__}") from None
+        raise
+    if x.layout is not torch.strided:
+        raise TypeError(f"x is not a dense tensor but {x.layout}")
+    if torch.compiler.is_compiling():
+        checked = _check.__wrapped__(*tensors, stride, padding, dilation)
+    else:
+        if not (type(stride) is type(padding) is type(dilation) is tuple):
+            stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
+        checked = _check(*tensors, stride, padding, dilation)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    if checked.converts:
+        index = index.clamp(-1, keys.shape[0]).to(torch.int32)  # what is out of range stays so
+        keys, scale, shift = keys.to(checked.dtype), scale.to(checked.dtype), shift.to(checked.dtype)
+        bias = None if bias is None else bias.to(checked.dtype)
+    options = (
+        checked.stride,
+        checked.padding,
+        checked.dilation,
+        None if keys.requires_grad else tolerance,
+        backend or "",
+    )
+    return x, keys, index, scale, shift, bias, options
+
+
+@lru_cache(64)
+def _filters(keys: Any, device: torch.device) -> Tensor:
+    filters: Tensor = keys.filters
+    return filters.to(device)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(4096)
+def _check(
+    x: _Described,
+    keys: _Described,
+    index: _Described,
+    scale: _Described,
+    shift: _Described,
+    bias: _Described | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> _Checked:
+    """Refuse what does not fit together. Cached, as the answer for a layer is nearly always the same."""
+    shape, dtype, device = x
+    if dtype not in DTYPES:
+        raise TypeError(f"x is {dtype}: convert it to float32, bfloat16, float16 or float64")
+    if len(shape) not in (3, 4) or 0 in shape[-3:]:
+        raise ValueError(f"x has shape {tuple(shape)}: expected (N, C, H, W) or (C, H, W); only N may be 0")
+    channels, height, width = shape[-3:]
+
+    keys_shape, keys_dtype, keys_device = keys
+    if len(keys_shape) != 3 or keys_shape[1] != keys_shape[2] or keys_shape[2] not in KERNEL_SIZES:
+        raise ValueError(f"keys have shape {tuple(keys_shape)}: expected (K, k, k) with k one of {KERNEL_SIZES}")
+    count, k, _ = keys_shape
+    if not 1 <= count <= MAX_KEYS:
+        raise ValueError(f"there are {count} keys: expected 1 to {MAX_KEYS}")
+    if keys_dtype not in DTYPES:
+        raise TypeError(f"keys are {keys_dtype}: convert them to float32")
+    if keys_device != device:
+        raise ValueError(f"keys are on {keys_device}, x is on {device}: move them to one device")
+
+    for name, described in (("index", index), ("scale", scale), ("shift", shift), ("bias", bias)):
+        if described is None:
+            continue
+        its_shape, its_dtype, its_device = described
+        if len(its_shape) != 1 or its_shape[0] != channels:
+            raise ValueError(
+                f"{name} has shape {tuple(its_shape)}, but x has {channels} channels: expected ({channels},)"
+            )
+        if its_device != device:
+            raise ValueError(f"{name} is on {its_device}, x is on {device}: move them to one device")
+        if name == "index":
+            if its_dtype not in INTEGERS:
+                raise TypeError(f"index is {its_dtype}: expected integers")
+        elif its_dtype not in (torch.float32, dtype):
+            raise TypeError(f"{name} is {its_dtype}, x is {dtype}: make {name} float32 or {dtype}")
+
+    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    zeros = resolve_padding(padding, k, steps, spread)
+    if height + 2 * zeros[0] <= spread[0] * (k - 1) or width + 2 * zeros[1] <= spread[1] * (k - 1):
+        raise ValueError(
+            f"x of {height}x{width} is smaller than a {k}x{k} filter of dilation {spread} with padding {zeros}"
+        )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    converts = index[1] != torch.int32 or any(t is not None and t[1] != wide for t in (keys, scale, shift, bias))
+    return _Checked(steps, zeros, spread, wide, converts)
 
 
 def resolve_padding(padding: int | Sequence[int] | str, k: int, stride: Pair, dilation: Pair) -> Pair:
@@ -138,87 +289,10 @@ def resolve_padding(padding: int | Sequence[int] | str, k: int, stride: Pair, di
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more, or two of them")
     return pair
-
-
-def _input(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, not {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}: convert it to float32, bfloat16, float16 or float64")
-    if x.layout != torch.strided:
-        raise TypeError(f"x is not a dense tensor but {x.layout}")
-    if x.ndim not in (3, 4) or 0 in x.shape[-3:]:
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, C, H, W) or (C, H, W); only N may be 0")
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def _keys(keys: Any, x: Tensor) -> Tensor:
-    """(K, k, k) in float32, or in float64 where x is."""
-    if not isinstance(keys, Tensor):
-        if not hasattr(keys, "filters"):
-            raise TypeError(f"keys: expected a KeySet or a tensor, not {type(keys).__name__}")
-        keys = _filters(keys, x.device)
-    if keys.ndim != 3 or keys.shape[1] != keys.shape[2] or keys.shape[2] not in KERNEL_SIZES:
-        raise ValueError(f"keys have shape {tuple(keys.shape)}: expected (K, k, k) with k one of {KERNEL_SIZES}")
-    if not 1 <= keys.shape[0] <= MAX_KEYS:
-        raise ValueError(f"there are {keys.shape[0]} keys: expected 1 to {MAX_KEYS}")
-    if keys.dtype not in DTYPES:
-        raise TypeError(f"keys are {keys.dtype}: convert them to float32")
-    if keys.device != x.device:
-        raise ValueError(f"keys are on {keys.device}, x is on {x.device}: move them to one device")
-    q: Tensor = keys.to(_wide(x))
-    return q
-
-
-@lru_cache(64)
-def _filters(keys: Any, device: torch.device) -> Tensor:
-    filters: Tensor = keys.filters
-    return filters.to(device)
-
-
-def _parameters(
-    x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Index as int32, the others as float32, or float64 where x is."""
-    channels = x.shape[-3]
-    for name, p in (("index", index), ("scale", scale), ("shift", shift), ("bias", bias)):
-        if p is None and name == "bias":
-            continue
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: expected a tensor, not {type(p).__name__}")
-        if p.ndim != 1 or p.shape[0] != channels:
-            raise ValueError(
-                f"{name} has shape {tuple(p.shape)}, but x has {channels} channels: expected ({channels},)"
-            )
-        if p.device != x.device:
-            raise ValueError(f"{name} is on {p.device}, x is on {x.device}: move them to one device")
-        if p.dtype not in (torch.float32, x.dtype) and name != "index":
-            raise TypeError(f"{name} is {p.dtype}, x is {x.dtype}: make {name} float32 or {x.dtype}")
-    if index.dtype != torch.int32:
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise TypeError(f"index is {index.dtype}: expected integers")
-        index = index.clamp(-1, keys.shape[0]).to(torch.int32)  # what is out of range stays so
-    wide = _wide(x)
-    return index, scale.to(wide), shift.to(wide), None if bias is None else bias.to(wide)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_size(x: Tensor, k: int, stride: Pair, padding: Pair, dilation: Pair) -> None:
-    height, width = x.shape[-2:]
-    if height + 2 * padding[0] <= dilation[0] * (k - 1) or width + 2 * padding[1] <= dilation[1] * (k - 1):
-        raise ValueError(
-            f"x of {height}x{width} is smaller than a {k}x{k} filter of dilation {dilation} with padding {padding}"
-        )
 
 
 def _check_values(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -228,7 +302,7 @@ def _check_values(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> 
     if low < 0 or high >= count:
         raise ValueError(f"index is out of range [0, {count}) {_where((index < 0) | (index >= count))}")
     # The sum is not finite where anything in it is not; or where it overflows, so look closer then.
-    if scale.device.type == "cpu" and not math.isfinite(scale.dot(shift).item()):
+    if scale.is_cpu and not math.isfinite(scale.dot(shift).item()):
         for name, p in (("scale", scale), ("shift", shift)):
             if not p.isfinite().all():
                 raise ValueError(f"{name} is not finite {_where(~p.isfinite())}")
@@ -244,9 +318,7 @@ def _where(bad: Tensor) -> str:
 
 def _dense(x: Tensor) -> Tensor:
     """The same, contiguous or else channels-last."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous(memory_format=_layout(x))
+    return x if x.is_contiguous() else x.contiguous(memory_format=_layout(x))
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -259,7 +331,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channel < row and channel < column else torch.contiguous_format
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def _is_plain(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether nothing but autograd looks at torch's operators, so that this one need not go through the dispatcher.
 
     That saves a third of the time of a small layer: 10 microseconds, 35 with gradients. Subclasses, torch.compile,
@@ -272,85 +344,111 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
-        and all(t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors)
+        and PLAIN.issuperset(map(type, tensors))
+        and not x.is_neg()
     )
 
 
-def _choose(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair, backend: str) -> Any:
+def _choose(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair, backend: str) -> ModuleType:
     """The module of the implementation for this call."""
     return choose(
         "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
     ).load()
 
 
-def _run(
+class _Call(NamedTuple):
+    """What forward and backward of one call have in common; `parameters` are index, scale and shift."""
+
+    implementation: ModuleType
+    plan: KeyPlan
+    layout: torch.memory_format
+    parameters: tuple[Tensor, Tensor, Tensor]
+
+
+def _forward(
     x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None, *options: Any
-) -> Tensor:
+) -> tuple[Tensor, _Call]:
     stride, padding, dilation, tolerance, backend = options
+    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
     _check_values(keys, index, scale, shift)
     plan = plan_of(keys.contiguous(), tolerance)
-    x = _dense(x)
+    layout = _layout(x)
+    x = x.contiguous(memory_format=layout)
     implementation = _choose(x, plan, stride, padding, dilation, backend)
-    out = _empty(x, keys, index, scale, shift, bias, *options)
+    size = _output_size(x.shape, keys.shape[-1], stride, padding, dilation)
+    if size == x.shape:
+        out = torch.empty_like(x, memory_format=layout)
+    else:
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     if x.shape[0] > 0:
-        index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
         bias = None if bias is None else bias.contiguous()
         implementation.key_conv2d(x, plan, index, scale, shift, bias, stride, padding, dilation, out)
-    return out
+    return out, _Call(implementation, plan, layout, (index, scale, shift))
 
 
-def _empty(x: Tensor, keys: Tensor, *others: Any) -> Tensor:
-    """The output, not yet computed."""
-    _, _, _, _, stride, padding, dilation, *_ = others
-    spatial = [
-        (length + 2 * p - d * (keys.shape[-1] - 1) - 1) // s + 1
-        for length, s, p, d in zip(x.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return _empty_like(x, (*x.shape[:2], *spatial))
-
-
-def _run_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    keys: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    wanted: Sequence[bool],
-    size: Sequence[int],
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients for x, keys, scale, shift and bias; one of no element where none is wanted."""
-    stride, padding, dilation, tolerance, backend = options
-    _check_values(keys, index, scale, shift)
-    x = None if x is None else _dense(x)
-    dy = _dense(dy) if x is None else dy.contiguous(memory_format=_layout(x))
-    outputs = _empty_gradients(dy, x, keys, index, scale, shift, wanted, size, *options)
+def _gradients(
+    call: _Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool], size: Sequence[int], *options: Any
+) -> list[Tensor | None]:
+    """Gradients for x, keys, scale, shift and bias; None where none is wanted."""
+    implementation, plan, layout, (index, scale, shift) = call
+    stride, padding, dilation, *_ = options
+    dy = dy.contiguous(memory_format=layout)
+    x = None if x is None else x.contiguous(memory_format=layout)
+    dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout) if wanted[0] else None
+    d_scale, d_shift, d_bias = (torch.empty_like(shift) if w else None for w in wanted[2:])
+    d_keys = None
     if dy.shape[0] == 0:
-        return tuple(t.zero_() for t in outputs)
-    dx, d_keys, d_scale, d_shift, d_bias = (t if w else None for t, w in zip(outputs, wanted, strict=True))
-    plan = plan_of(keys.contiguous(), tolerance)
-    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
-    if d_keys is not None and x is not None:
+        d_keys = torch.zeros_like(plan.keys) if wanted[1] else None
+        return [None if t is None else t.zero_() for t in (dx, d_keys, d_scale, d_shift, d_bias)]
+    left = wanted
+    if wanted[1]:
         # There must be a gradient of every filter; from it scale and shift have theirs too.
-        dw = weight_gradient(dy, x, keys.shape[-1], stride, padding, dilation)
-        member = index == torch.arange(keys.shape[0], device=index.device)[:, None]  # a product with it adds up by key
-        d_keys.copy_(((member * scale) @ dw.flatten(1)).view_as(d_keys))
+        assert x is not None
+        dw = weight_gradient(dy, x, plan.keys.shape[-1], stride, padding, dilation)
+        member = index == torch.arange(len(plan.keys), device=index.device)[:, None]  # a product with it adds up by key
+        d_keys = ((member * scale) @ dw.flatten(1)).view_as(plan.keys)
         if d_scale is not None:
-            d_scale.copy_((dw * keys[index]).sum((1, 2)))
+            d_scale.copy_((dw * plan.keys[index]).sum((1, 2)))
         if d_shift is not None:
             d_shift.copy_(dw.sum((1, 2)))
-        d_scale = d_shift = None
-    if not (dx is None and d_scale is None and d_shift is None and d_bias is None):
-        shaped = x if x is not None else dx if dx is not None else _empty_like(dy, size)
-        implementation = _choose(shaped, plan, stride, padding, dilation, backend)
+        left = (wanted[0], False, False, False, wanted[4])
+    if any(left):
         implementation.key_conv2d_backward(
-            dy, x, plan, index, scale, shift, stride, padding, dilation, dx, d_scale, d_shift, d_bias
+            dy,
+            x,
+            plan,
+            index,
+            scale,
+            shift,
+            stride,
+            padding,
+            dilation,
+            dx,
+            d_scale if left[2] else None,
+            d_shift if left[3] else None,
+            d_bias,
         )
-    return outputs
+    return [dx, d_keys, d_scale, d_shift, d_bias]
 
 
-def _empty_gradients(
+def _output_size(size: Sequence[int], k: int, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    n, c, h, w = size
+    h = (h + 2 * padding[0] - dilation[0] * (k - 1) - 1) // stride[0] + 1
+    w = (w + 2 * padding[1] - dilation[1] * (k - 1) - 1) // stride[1] + 1
+    return n, c, h, w
+
+
+def _op(x: Tensor, *others: Any) -> Tensor:
+    return _forward(x, *others)[0]
+
+
+def _op_fake(x: Tensor, keys: Tensor, *others: Any) -> Tensor:
+    *_, stride, padding, dilation, _, _ = others
+    size = _output_size(x.shape, keys.shape[-1], stride, padding, dilation)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _op_backward(
     dy: Tensor,
     x: Tensor | None,
     keys: Tensor,
@@ -361,16 +459,35 @@ def _empty_gradients(
     size: Sequence[int],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """What `_run_backward` returns, not yet computed."""
-    parameters = (keys, scale, shift, shift)
-    return (
-        _empty_like(dy if x is None else x, size) if wanted[0] else dy.new_empty(0),
-        *(torch.empty_like(t) if w else t.new_empty(0) for t, w in zip(parameters, wanted[1:], strict=True)),
-    )
+    """As `_gradients`, with a tensor of no element for None, since an operator must return tensors."""
+    stride, padding, dilation, tolerance, backend = options
+    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
+    _check_values(keys, index, scale, shift)
+    plan = plan_of(keys.contiguous(), tolerance)
+    layout = _layout(dy if x is None else x)
+    x = None if x is None else x.contiguous(memory_format=layout)
+    like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout) if x is None else x
+    implementation = _choose(like_x, plan, stride, padding, dilation, backend)
+    call = _Call(implementation, plan, layout, (index, scale, shift))
+    gradients = _gradients(call, dy, x, wanted, size, *options)
+    return tuple(dy.new_empty(0) if t is None else t for t in gradients)
 
 
-def _empty_like(x: Tensor, size: Sequence[int]) -> Tensor:
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+def _op_backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    keys: Tensor,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    wanted: Sequence[bool],
+    size: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    layout = _layout(dy if x is None else x)
+    dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
+    gradients = (dx, *(t.new_empty(t.shape) for t in (keys, scale, shift, shift)))
+    return tuple(t if w else dy.new_empty(0) for t, w in zip(gradients, wanted, strict=True))
 
 
 _library = torch.library.Library("mkf", "FRAGMENT")
@@ -383,10 +500,10 @@ _library.define(
     " SymInt[4] size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, float? tolerance, str backend)"
     " -> (Tensor d_x, Tensor d_keys, Tensor d_scale, Tensor d_shift, Tensor d_bias)"
 )
-_library.impl("key_conv2d", _run, "CompositeExplicitAutograd")
-_library.impl("key_conv2d_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("mkf::key_conv2d", _empty, lib=_library)
-torch.library.register_fake("mkf::key_conv2d_backward", _empty_gradients, lib=_library)
+_library.impl("key_conv2d", _op, "CompositeExplicitAutograd")
+_library.impl("key_conv2d_backward", _op_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("mkf::key_conv2d", _op_fake, lib=_library)
+torch.library.register_fake("mkf::key_conv2d_backward", _op_backward_fake, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -398,12 +515,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = options
 
 
-def _backward(ctx: Any, dy: Tensor, run: Any = torch.ops.mkf.key_conv2d_backward) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad
-    wanted = [needed[i] for i in (0, 1, 3, 4, 5)]
-    gradients = run(dy, *ctx.saved_tensors, wanted, ctx.size, *ctx.options)
-    dx, *parameters = (t if w else None for t, w in zip(gradients, wanted, strict=True))
-    return dx, parameters[0], None, *parameters[1:], None, None, None, None, None
+def _wanted(ctx: Any) -> tuple[bool, ...]:
+    """Which of x, keys, scale, shift and bias need a gradient."""
+    x, keys, _, scale, shift, bias, *_ = ctx.needs_input_grad
+    return x, keys, scale, shift, bias
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    wanted = _wanted(ctx)
+    gradients = torch.ops.mkf.key_conv2d_backward(dy, *ctx.saved_tensors, wanted, ctx.size, *ctx.options)
+    return _by_argument(t if w else None for t, w in zip(gradients, wanted, strict=True))
+
+
+def _by_argument(gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    dx, d_keys, d_scale, d_shift, d_bias = gradients
+    return dx, d_keys, None, d_scale, d_shift, d_bias, None, None, None, None, None
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -422,11 +548,13 @@ class _KeyConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        _setup_context(ctx, arguments, arguments[0])
-        return _run(*arguments)
+        out, ctx.call = _forward(*arguments)
+        _setup_context(ctx, arguments, out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or not _is_plain(dy):  # enabled where gradients are to be differentiated again
             return _backward(ctx, dy)
-        return _backward(ctx, dy, _run_backward)
+        x, *_ = ctx.saved_tensors
+        return _by_argument(_gradients(ctx.call, dy, x, _wanted(ctx), ctx.size, *ctx.options))
