@@ -1,0 +1,699 @@
+"""The key convolution by every implementation that runs here, against float64; what it accepts and refuses."""
+
+import copy
+import io
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import mkf
+from mkf.kernels import extension, registry
+from mkf.kernels.registry import BackendError
+from mkf.ops import explain_key_conv2d, key_conv2d
+
+CPU = torch.device("cpu")
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def runnable():
+    """(backend, instruction set) of everything that can run here."""
+    for implementation in registry.implementations("key_conv2d"):
+        if implementation.why_not(CPU) is not None:
+            continue
+        if implementation.name == "native":
+            native = extension.native()
+            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
+        else:
+            yield implementation.name, None
+
+
+@pytest.fixture(params=runnable(), ids=lambda p: "-".join(filter(None, p)))
+def backend(request, monkeypatch):
+    """The name of an implementation, which a call within its fast path must be served by."""
+    name, isa = request.param
+    if isa:
+        monkeypatch.setenv("MKF_ISA", isa)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that is not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Problem:
+    """Tensors of one call, and what torch makes of them with the filters written out."""
+
+    def __init__(self, shape, keys, *, dtype=torch.float32, layout="nchw", shift=True, bias=True, blocks=0, seed=0):
+        n, c, h, w = shape
+        generator = torch.Generator().manual_seed(seed)
+        self.keys = keys if isinstance(keys, torch.Tensor) else keys.filters
+        if blocks:
+            self.index = (torch.arange(c) // blocks % len(self.keys)).int()
+        else:
+            self.index = torch.randint(len(self.keys), (c,), generator=generator, dtype=torch.int32)
+        self.x = torch.randn(n, c, h, w, generator=generator).to(dtype).to(memory_format=LAYOUTS[layout])
+        self.scale = torch.randn(c, generator=generator)
+        self.shift = 0.3 * torch.randn(c, generator=generator) if shift else torch.zeros(c)
+        self.bias = torch.randn(c, generator=generator) if bias else None
+        self.options = {"padding": self.keys.shape[-1] // 2}
+
+    def tensors(self):
+        return self.x, self.keys, self.index, self.scale, self.shift, self.bias
+
+    def torch(self, dtype, x, keys, index, scale, shift, bias):
+        """The same with an ordinary convolution in that dtype."""
+        weight = (scale[:, None, None].to(dtype) * keys.to(dtype)[index] + shift[:, None, None].to(dtype))[:, None]
+        bias = None if bias is None else bias.to(dtype)
+        return F.conv2d(x.to(dtype), weight, bias, **self.options, groups=len(index))
+
+    def check(self, run, wanted=("x", "scale", "shift", "bias")):
+        """The output and the gradients are not much further from float64 than torch's in the same dtype."""
+        tensors = dict(zip(("x", "keys", "index", "scale", "shift", "bias"), self.tensors(), strict=True))
+        wanted = [name for name in wanted if tensors[name] is not None]
+        ours = derive(lambda *t: run(*t, **self.options), tensors, wanted)
+        assert ours[0].dtype == self.x.dtype
+        theirs = derive(lambda *t: self.torch(self.x.dtype, *t), tensors, wanted)
+        exact = derive(lambda *t: self.torch(torch.float64, *t), tensors, wanted)
+        # The root of the sum of the squares of what is added up: how much a rounding error of eps in each term makes.
+        squares = {name: t if name == "index" or t is None else t.double().square() for name, t in tensors.items()}
+        size = derive(lambda *t: self.torch(torch.float64, *t), squares, wanted, power=2)
+        for name, *results, square in zip(["output", *wanted], ours, theirs, exact, size, strict=True):
+            assert_as_good(name, *results, torch.finfo(self.x.dtype).eps * square.sqrt())
+        return ours
+
+
+def derive(function, tensors, wanted, power=1):
+    """The output and the gradients of a function for an arbitrary gradient of the output."""
+    leaves = {name: t.detach().clone().requires_grad_() if name in wanted else t for name, t in tensors.items()}
+    out = function(*leaves.values())
+    dy = noise(*out.shape, seed=9).bfloat16().to(out.dtype) ** power
+    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], dy) if wanted else ()
+    return out.detach(), *gradients
+
+
+def assert_as_good(name, ours, theirs, exact, rounding):
+    assert ours.shape == exact.shape, name
+    if exact.numel() == 0:
+        return
+    for how, measure in (("in norm", torch.Tensor.norm), ("in the worst element", lambda t: t.abs().max())):
+        error, reference, unavoidable = (measure(t).item() for t in (ours - exact, theirs - exact, rounding))
+        assert error <= 3 * reference + 2 * unavoidable, f"{name} {how}: error {error}, torch's {reference}"
+
+
+KEYS = {
+    "published": mkf.keys.paper8(),
+    "analytic": mkf.keys.analytic("B"),
+    "centred": mkf.KeySet(mkf.keys.analytic("A").centred()),
+    "mixed": mkf.KeySet(torch.cat([mkf.keys.analytic("C1").filters, mkf.keys.random(7, 3, 0).filters])),
+}
+SHAPES = [(2, 40, 14, 14), (1, 16, 7, 7), (3, 17, 9, 20), (1, 33, 1, 1), (1, 66, 2, 33), (2, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("blocks", [0, 32])
+def test_forward_and_gradients(backend, keys, layout, stride, blocks):
+    for seed, shape in enumerate(SHAPES):
+        problem = Problem(shape, KEYS[keys], layout=layout, blocks=blocks, shift=seed % 3 > 0, seed=seed)
+        problem.options["stride"] = stride
+        out, dx, *_ = problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+        assert out.is_contiguous(memory_format=LAYOUTS[layout])
+        assert dx.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [3, 5, 9, 11])
+def test_kernel_sizes(backend, layout, k):
+    for seed, keys in enumerate((mkf.keys.random(k, 4, 0), mkf.keys.analytic("D1", k))):
+        problem = Problem((2, 37, 13, 12), keys, layout=layout, seed=seed)
+        for problem.options["stride"] in (1, 2):
+            problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", ["published", "centred"])
+def test_bfloat16(backend, keys, layout):
+    for seed, shape in enumerate(SHAPES):
+        problem = Problem(shape, KEYS[keys], layout=layout, dtype=torch.bfloat16, seed=seed)
+        out, dx, d_scale, *_ = problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+        assert (out.dtype, dx.dtype, d_scale.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_go_where_they_are_served(dtype):
+    for parameters in (torch.float32, dtype):
+        problem = Problem((2, 20, 9, 8), KEYS["centred"], dtype=dtype)
+        problem.scale, problem.shift, problem.bias = (
+            t.to(parameters) for t in (problem.scale, problem.shift, problem.bias)
+        )
+        out, dx, d_scale, *_ = problem.check(key_conv2d)
+        assert (out.dtype, dx.dtype, d_scale.dtype) == (dtype, dtype, parameters)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 0},
+        {"padding": "valid", "stride": 3},
+        {"padding": "same", "dilation": 2},
+        {"padding": "same", "dilation": (1, 3)},
+        {"padding": (5, 1)},
+        {"padding": 9, "stride": (2, 1)},
+        {"padding": (3, 3), "stride": (1, 2)},
+        {"padding": [4, 0], "stride": [2, 2], "dilation": [1, 1]},
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_geometry(options, layout):
+    problem = Problem((2, 12, 13, 16), KEYS["mixed"], layout=layout)
+    problem.options = options
+    problem.check(key_conv2d)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, ::2],
+        lambda x: x[:, 3:19, 1:-1, 2:],
+        lambda x: x.transpose(2, 3),
+        lambda x: x.permute(1, 0, 3, 2)[:2].expand(-1, -1, -1, -1),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+        lambda x: x[:, :1].expand(-1, 20, -1, -1),
+        lambda x: x[..., :1].expand(-1, -1, -1, 9),
+        lambda x: x.to(memory_format=torch.channels_last)[:, ::2],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::3],
+        lambda x: torch.randn(2, 20, 5, 5, 2)[..., 1],
+    ],
+)
+def test_views(backend, view):
+    x = view(noise(20, 20, 14, 12))
+    problem = Problem(tuple(x.shape), KEYS["centred"])
+    problem.x = x
+    problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+    tensors = problem.tensors()[1:]
+    out = key_conv2d(x, *tensors, padding=3, backend=backend)
+    dense = key_conv2d(x.contiguous(), *tensors, padding=3, backend=backend)
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_are_views(backend):
+    problem = Problem((2, 20, 9, 8), KEYS["centred"], layout="nhwc")
+    x, *rest = problem.tensors()
+    x.requires_grad_()
+    for dy in (torch.ones(1).expand(2, 20, 9, 8), noise(2, 20, 8, 9).mT, noise(9, 8, 2, 20).permute(2, 3, 0, 1)):
+        (dx,) = torch.autograd.grad(key_conv2d(x, *rest, padding=3, backend=backend), x, dy)
+        (exact,) = torch.autograd.grad(problem.torch(torch.float64, x, *rest), x, dy.double())
+        torch.testing.assert_close(dx, exact.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [(), ("x",), ("bias",), ("scale",), ("shift",), ("x", "bias"), ("shift", "bias")])
+def test_only_the_gradients_that_are_wanted(backend, wanted):
+    problem = Problem((2, 20, 9, 8), KEYS["mixed"], layout="nhwc")
+    problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend), wanted)
+    tensors = dict(zip(("x", "keys", "index", "scale", "shift", "bias"), problem.tensors(), strict=True))
+    for name in wanted:
+        tensors[name].requires_grad_()
+    out = key_conv2d(*tensors.values(), padding=3, backend=backend)
+    assert out.requires_grad == bool(wanted)
+    if wanted:  # the activations are only kept where they are needed
+        assert (out.grad_fn.saved_tensors[0] is not None) == ("scale" in wanted or "shift" in wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_that_train(backend, layout):
+    for keys in ("analytic", "published"):
+        problem = Problem((3, 40, 9, 8), KEYS[keys], layout=layout)
+        problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend), ("x", "keys", "scale", "shift", "bias"))
+        problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend), ("keys",))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_comes(data):
+    k = data.draw(st.sampled_from([3, 5, 7, 7, 7, 9, 11]))
+    shape = tuple(data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 70), (1, 20), (1, 40)))
+    kind = data.draw(st.sampled_from(["noise", "analytic", "centred"]))
+    keys = mkf.keys.random(k, data.draw(st.integers(1, 9)), 0) if kind == "noise" else mkf.keys.analytic("A", k)
+    problem = Problem(
+        shape,
+        keys.centred() if kind == "centred" else keys,
+        layout=data.draw(st.sampled_from(sorted(LAYOUTS))),
+        dtype=data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
+        shift=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        blocks=data.draw(st.sampled_from([0, 8, 32])),
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+    problem.options["stride"] = data.draw(st.sampled_from([1, 2]))
+    for name in {name for name, _ in runnable()}:
+        problem.check(lambda *t, name=name, **o: key_conv2d(*t, **o, backend=name))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", ["published", "analytic", "centred"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_window(backend, keys, layout, value):
+    problem = Problem((2, 20, 14, 15), KEYS[keys], layout=layout)
+    clean = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+    problem.x[1, 5, 4, 6] = value
+    spoilt = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+    window = torch.zeros(clean.shape, dtype=torch.bool)
+    window[1, 5, 1:8, 3:10] = True
+    assert torch.equal(spoilt[~window], clean[~window])
+    assert not spoilt[window].isfinite().any()
+
+
+def test_huge_and_tiny_values(backend):
+    for size in (1e-30, 1e30):
+        problem = Problem((1, 20, 9, 8), KEYS["centred"])
+        problem.x *= size
+        problem.bias = None
+        out = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        exact = problem.torch(torch.float64, *problem.tensors())
+        assert (out.double() - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_threads_do_not_matter(backend):
+    problem = Problem((4, 96, 28, 28), KEYS["mixed"], layout="nhwc")
+    leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+    dy = noise(4, 96, 28, 28)
+    threads = torch.get_num_threads()
+
+    def run():
+        out = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, dy)
+
+    try:
+        results = []
+        for count in (1, 2, 3, 2) if backend != "reference" else (2, 2):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_real_images(backend, data_dir):
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = pq.ParquetFile(data_dir / "images/imagenette96/val-00000-of-00001.parquet").iter_batches(
+        4, columns=["image"]
+    )
+    pictures = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in next(rows)["image"].to_pylist()]
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    for keys in ("published", "centred"):
+        problem = Problem((2, 12, 96, 96), KEYS[keys])
+        problem.x = images.repeat(1, 4, 1, 1).float()
+        problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+
+
+def test_a_tolerance_approximates_the_keys(backend):
+    keys = mkf.keys.paper8()
+    plan = keys.plan(0.1)
+    problem = Problem((1, 8, 20, 20), plan.dense().float(), shift=False, bias=False)
+    problem.index = torch.arange(8, dtype=torch.int32)
+    problem.scale = torch.ones(8)
+    x, _, *rest = problem.tensors()
+    exact, near = (key_conv2d(x, keys, *rest, padding=3, backend=backend, tolerance=t) for t in (0.0, 0.1))
+    described = problem.torch(torch.float64, *problem.tensors()).float()
+    error = (near - exact).norm() / exact.norm()
+    assert error < 0.3
+    # The reference stays exact; who takes the approximation takes that of the plan.
+    torch.testing.assert_close(near, exact if backend == "reference" else described, rtol=1e-4, atol=1e-4)
+
+
+class TestEmptyAndSmall:
+    def test_no_images(self, backend):
+        problem = Problem((0, 5, 9, 8), KEYS["centred"])
+        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+        out = key_conv2d(*problem.tensors(), padding=3, stride=2, backend=backend)
+        assert out.shape == (0, 5, 5, 4)
+        dx, *parameters = torch.autograd.grad(out.sum(), leaves)
+        assert dx.shape == (0, 5, 9, 8)
+        assert all(torch.equal(g, torch.zeros(5)) for g in parameters)
+        keys = problem.keys.requires_grad_()
+        (d_keys,) = torch.autograd.grad(key_conv2d(*problem.tensors(), padding=3, backend=backend).sum(), keys)
+        assert torch.equal(d_keys, torch.zeros(8, 7, 7))
+
+    def test_one_image_without_a_batch(self, backend):
+        problem = Problem((1, 5, 9, 8), KEYS["centred"])
+        x, *rest = problem.tensors()
+        x.requires_grad_()
+        single = key_conv2d(x[0], *rest, padding=3, backend=backend)
+        assert torch.equal(single, key_conv2d(x, *rest, padding=3, backend=backend)[0])
+        assert torch.autograd.grad(single.sum(), x)[0].shape == x.shape
+
+    def test_the_input_may_be_smaller_than_the_filter_with_its_padding(self):
+        problem = Problem((1, 5, 1, 1), KEYS["centred"])
+        assert problem.check(key_conv2d)[0].shape == (1, 5, 1, 1)
+
+
+class TestArguments:
+    @pytest.fixture
+    def call(self):
+        problem = Problem((2, 12, 9, 8), KEYS["analytic"])
+        arguments = dict(zip(("x", "keys", "index", "scale", "shift", "bias"), problem.tensors(), strict=True))
+        return lambda **changes: key_conv2d(**{**arguments, "padding": 3, **changes})
+
+    def test_key_sets_tensors_and_integers_of_any_width(self, call):
+        out = call()
+        assert torch.equal(out, call(keys=KEYS["analytic"]))
+        assert torch.equal(out, call(keys=KEYS["analytic"].filters.mT.contiguous().mT))
+        assert torch.equal(out, call(padding="same", stride=[1, 1], dilation=(1, 1)))
+        index = Problem((2, 12, 9, 8), KEYS["analytic"]).index
+        for dtype in (torch.int64, torch.int16, torch.uint8):
+            assert torch.equal(out, call(index=index.to(dtype)))
+        assert torch.equal(out, call(index=index.repeat_interleave(2)[::2]))
+        assert torch.equal(call(bias=None), call(bias=torch.zeros(12)))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": noise(2, 12, 9)[0]}, r"x has shape \(12, 9\)"),
+            ({"x": noise(2, 12, 0, 9)}, "only N may be 0"),
+            ({"x": noise(2, 11, 9, 8)}, r"index has shape \(12,\), but x has 11 channels: expected \(11,\)"),
+            ({"scale": noise(12, 1)}, r"scale has shape \(12, 1\), but x has 12 channels"),
+            ({"shift": noise(1)}, r"shift has shape \(1,\)"),
+            ({"bias": noise(13)}, r"bias has shape \(13,\)"),
+            ({"keys": noise(8, 7, 5)}, r"keys have shape \(8, 7, 5\): expected \(K, k, k\)"),
+            ({"keys": noise(8, 4, 4)}, "with k one of"),
+            ({"keys": noise(8, 1, 7, 7)}, r"expected \(K, k, k\)"),
+            ({"keys": noise(257, 3, 3)}, "there are 257 keys"),
+            ({"padding": -1}, "padding=-1: expected a whole number of 0 or more"),
+            ({"padding": "full"}, "'same' or 'valid'"),
+            ({"padding": (1, 2, 3)}, "or two of them"),
+            ({"padding": 1.5}, "padding=1.5"),
+            ({"padding": "same", "stride": 2}, "padding='same' needs stride 1"),
+            ({"stride": 0}, "stride=0: expected a whole number of 1 or more"),
+            ({"dilation": (1, 0)}, "dilation"),
+            ({"padding": 0, "x": noise(2, 12, 6, 9)}, "x of 6x9 is smaller than a 7x7 filter"),
+            ({"dilation": 3}, "smaller than a 7x7 filter of dilation"),
+            ({"tolerance": 1.0}, "relative error"),
+            ({"backend": "fortran"}, "no such implementation; there are"),
+            ({"index": torch.tensor([0] * 11 + [8])}, r"out of range \[0, 8\) in 1 of 12 channels.*channel 11"),
+            ({"index": torch.tensor([0, -1] * 6)}, "in 6 of 12 channels, the first is channel 1"),
+            ({"index": torch.tensor([0] * 11 + [2**32])}, "out of range"),
+            ({"scale": torch.tensor([1.0] * 11 + [torch.nan])}, "scale is not finite in 1 of 12 channels"),
+            ({"shift": torch.tensor([torch.inf] * 3 + [1.0] * 9)}, "shift is not finite in 3 of 12 channels"),
+            ({"keys": torch.full((8, 7, 7), torch.nan)}, r"keys \[0, 1, 2, 3, 4, 5, 6, 7\] are not finite"),
+        ],
+    )  # fmt: skip
+    def test_values_that_are_refused(self, call, changes, message):
+        with pytest.raises(ValueError, match=message):
+            call(**changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": torch.zeros(2, 12, 9, 8, dtype=torch.int64)}, "x is torch.int64"),
+            ({"x": np.zeros((2, 12, 9, 8), np.float32)}, "x: expected a tensor, not ndarray"),
+            ({"x": noise(2, 12, 9, 8).to_sparse()}, "not a dense tensor"),
+            ({"keys": np.zeros((8, 7, 7), np.float32)}, "keys: expected a KeySet or a tensor, not ndarray"),
+            ({"keys": torch.zeros(8, 7, 7, dtype=torch.int32)}, "keys are torch.int32"),
+            ({"index": [0] * 12}, "index: expected a tensor, not list"),
+            ({"index": torch.zeros(12)}, "index is torch.float32: expected integers"),
+            ({"index": torch.zeros(12, dtype=torch.bool)}, "index is torch.bool"),
+            ({"scale": None}, "scale: expected a tensor, not NoneType"),
+            ({"scale": noise(12).double()}, "scale is torch.float64, x is torch.float32: make scale float32"),
+            ({"bias": noise(12).bfloat16()}, "bias is torch.bfloat16"),
+        ],
+    )  # fmt: skip
+    def test_types_that_are_refused(self, call, changes, message):
+        with pytest.raises(TypeError, match=message):
+            call(**changes)
+
+    @pytest.mark.parametrize("name", ["x", "keys", "index", "scale", "shift", "bias"])
+    def test_tensors_on_several_devices(self, call, name):
+        problem = Problem((2, 12, 9, 8), KEYS["analytic"])
+        with pytest.raises(ValueError, match="move them to one device"):
+            call(**{name: getattr(problem, name).to("meta")})
+
+    def test_large_but_finite_parameters(self, call):
+        huge = torch.full((12,), 1e25)  # the sum of their products is not finite in float32
+        assert call(scale=huge, shift=-huge, x=torch.zeros(2, 12, 9, 8)).isfinite().all()
+
+
+def enlist(monkeypatch, name="picky", reason="it has the wrong colour"):
+    """An implementation, preferred to all, that refuses every call for that reason."""
+    module = ModuleType(f"mkf.kernels.key_conv2d.{name}")
+    module.why_not = lambda device: None
+    module.why_not_call = lambda *call: reason
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    implementation = registry.Implementation("key_conv2d", name, ("cpu",), "for a test")
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (implementation, *registry.IMPLEMENTATIONS))
+
+
+class TestChoice:
+    def test_a_call_that_is_not_served_falls_back_and_says_so_when_asked(self, monkeypatch):
+        problem = Problem((2, 12, 9, 8), KEYS["analytic"])
+        out = key_conv2d(*problem.tensors(), padding=3)
+        enlist(monkeypatch)
+        assert torch.equal(key_conv2d(*problem.tensors(), padding=3), out)
+        told = explain_key_conv2d(problem.x, problem.keys, padding=3)
+        assert "; not picky: it has the wrong colour" in told
+        with pytest.raises(
+            BackendError, match=r"'picky' cannot run key_conv2d on cpu: it has the wrong colour\. Here "
+        ):
+            key_conv2d(*problem.tensors(), padding=3, backend="picky")
+        monkeypatch.setenv("MKF_BACKEND", "picky")
+        with pytest.raises(BackendError, match="MKF_BACKEND='picky' cannot run"):
+            key_conv2d(*problem.tensors(), padding=3)
+
+    def test_what_would_run(self):
+        x = noise(2, 12, 9, 8)
+        for name in {name for name, _ in runnable()}:
+            assert explain_key_conv2d(x, KEYS["analytic"], padding=3, backend=name).startswith(f"{name}: ")
+        assert explain_key_conv2d(x[0].double(), KEYS["analytic"]).startswith("reference: ")
+        with pytest.raises(TypeError, match="int64"):
+            explain_key_conv2d(x.long(), KEYS["analytic"])
+
+
+class TestKeysInUse:
+    @pytest.mark.parametrize("write", [lambda k: k.mul_(2), lambda k: k.data.mul_(2), lambda k: k.numpy().__imul__(2)])
+    def test_writing_to_keys_takes_effect(self, backend, write):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"], shift=False, bias=False)
+        before = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        write(problem.keys)
+        torch.testing.assert_close(key_conv2d(*problem.tensors(), padding=3, backend=backend), 2 * before)
+
+    def test_writing_to_the_index_takes_effect(self, backend):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        problem.index.numpy()[:] = 3
+        problem.check(lambda *t, **o: key_conv2d(*t, **o, backend=backend))
+        problem.index.data[2] = 99
+        with pytest.raises(ValueError, match="channel 2"):
+            key_conv2d(*problem.tensors(), padding=3, backend=backend)
+
+    def test_writing_to_saved_parameters_before_backward_is_noticed(self):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        out = key_conv2d(problem.x.requires_grad_(), *problem.tensors()[1:], padding=3)
+        problem.scale.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+class TestAutograd:
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("route", [key_conv2d, "op"])
+    def test_gradcheck(self, stride, route):
+        problem = Problem((2, 3, 5, 4), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
+
+        def function(x, keys, scale, shift, bias):
+            if route == "op":
+                arguments = (stride, stride), (1, 2), (1, 1), None, ""
+                return torch.ops.mkf.key_conv2d(x, keys, index, scale, shift, bias, *arguments)
+            return key_conv2d(x, keys, index, scale, shift, bias, stride=stride, padding=(1, 2))
+
+        assert torch.autograd.gradcheck(function, leaves)
+
+    def test_second_derivatives(self):
+        problem = Problem((1, 3, 4, 5), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
+
+        def function(x, keys, scale, shift, bias):
+            return key_conv2d(x, keys, index, scale, shift, bias, padding=1)
+
+        assert torch.autograd.gradgradcheck(function, leaves)
+        frozen = [t.detach() for t in (keys, *leaves[2:])]
+        assert torch.autograd.gradgradcheck(lambda x: key_conv2d(x, frozen[0], index, *frozen[1:]).tanh(), leaves[0])
+
+    def test_second_derivatives_of_the_operator_are_refused(self):
+        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0))
+        x = problem.x.requires_grad_()
+        out = torch.ops.mkf.key_conv2d(*problem.tensors(), (1, 1), (1, 1), (1, 1), 0.0, "")
+        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            dx.sum().backward()
+
+    def test_forward_mode(self):
+        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0), bias=False)
+        _, *rest = problem.tensors()
+        tangent = noise(1, 3, 6, 5, seed=1)
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(problem.x, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(key_conv2d(x, *rest, padding=1))
+        torch.testing.assert_close(out.tangent, key_conv2d(tangent, *rest, padding=1))
+
+    def test_functional_transforms(self):
+        problem = Problem((4, 3, 6, 5), mkf.keys.random(3, 2, 0))
+        x, keys, index, scale, shift, bias = problem.tensors()
+
+        def loss(s, x):
+            return key_conv2d(x, keys, index, s, shift, bias, padding=1).square().sum()
+
+        per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(scale, x)
+        for image, gradient in zip(x, per_image, strict=True):
+            s = scale.clone().requires_grad_()
+            loss(s, image).backward()
+            torch.testing.assert_close(gradient, s.grad)
+
+    def test_inference_mode(self, backend):
+        problem = Problem((1, 12, 6, 5), KEYS["analytic"])
+        out = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        with torch.inference_mode():
+            tensors = copy.deepcopy(problem).tensors()
+            assert torch.equal(key_conv2d(*tensors, padding=3, backend=backend), out)
+
+
+class TestAutocast:
+    def test_the_input_is_cast_and_the_parameters_are_not(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = key_conv2d(*problem.tensors(), padding=3)
+            wide = key_conv2d(problem.x.double(), *problem.tensors()[1:], padding=3)
+        assert (out.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+        half = key_conv2d(problem.x.bfloat16(), *problem.tensors()[1:], padding=3)
+        assert torch.equal(out, half)
+
+    def test_integers_are_still_refused(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="int64"):
+            key_conv2d(problem.x.long(), *problem.tensors()[1:], padding=3)
+
+
+def operator_samples():
+    for view in (
+        lambda x: x,
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:, :, ::2, 1:],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:],
+        lambda x: x.bfloat16(),
+    ):
+        for stride, bias in (((1, 1), True), ((2, 2), False)):
+            problem = Problem((2, 10, 9, 8), KEYS["centred"], bias=bias)
+            x, keys, *rest = problem.tensors()
+            x = view(x)
+            yield x, keys, *rest, stride, (3, 3), (1, 1), 0.0, ""
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_opcheck(number, monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    sample = list(operator_samples())[number]
+    torch.library.opcheck(torch.ops.mkf.key_conv2d, sample)
+    x, keys, index, scale, shift, bias, *options = sample
+    trained = (x, keys, index, *(None if t is None else t.clone().requires_grad_() for t in (scale, shift, bias)))
+    torch.library.opcheck(torch.ops.mkf.key_conv2d, (*trained, *options))
+    dy = torch.randn_like(torch.ops.mkf.key_conv2d(*sample))
+    for wanted in ((True,) * 5, (True, False, False, True, True)):
+        saved = x if wanted[2] or wanted[3] else None
+        arguments = (dy, saved, keys, index, scale, shift, wanted, x.shape, *options)
+        torch.library.opcheck(torch.ops.mkf.key_conv2d_backward, arguments)
+
+
+class TestCompile:
+    def test_one_graph_for_every_size(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc")
+        keys, index, *parameters = problem.tensors()[1:]
+
+        def function(x, scale, shift, bias):
+            return key_conv2d(x * 2, keys, index, scale, shift, bias, padding="same").relu()
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+        graphs = []
+        for size in ((2, 12, 9, 11), (3, 12, 14, 20), (4, 12, 5, 6)):  # no two numbers alike by chance
+            results = []
+            for run in (function, compiled):
+                x = noise(*size).to(memory_format=torch.channels_last)
+                leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+                out = run(*leaves)
+                results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+            for eager, other in zip(*results, strict=True):
+                torch.testing.assert_close(other, eager)
+                assert other.stride() == eager.stride()
+            graphs.append(counter.frame_count)
+        assert graphs[0] == graphs[-1]
+
+    def test_values_are_refused_at_run_time(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        compiled = torch.compile(key_conv2d, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*problem.tensors(), padding=3), key_conv2d(*problem.tensors(), padding=3))
+        problem.index[3] = 8
+        with pytest.raises(ValueError, match="channel 3"):
+            compiled(*problem.tensors(), padding=3)
+
+    def test_meta_tensors(self):
+        tensors = [t.to("meta") for t in Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc").tensors()]
+        out = torch.ops.mkf.key_conv2d(*tensors, (2, 2), (3, 3), (1, 1), 0.0, "")
+        assert out.shape == (2, 12, 5, 4)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+class TestWatchers:
+    """Whatever looks at torch's operators sees this one."""
+
+    def test_dispatch_modes_and_the_profiler(self):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        seen = []
+        with Watch():
+            key_conv2d(*problem.tensors(), padding=3)
+        assert "mkf.key_conv2d.default" in seen
+        with torch.profiler.profile() as profile:
+            key_conv2d(*problem.tensors(), padding=3)
+        assert "mkf::key_conv2d" in {event.key for event in profile.key_averages()}
+
+    def test_tracing_records_the_operator(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        rest = problem.tensors()[1:]
+        traced = torch.jit.trace(lambda x: key_conv2d(x, *rest, padding=3), problem.x)
+        assert "mkf::key_conv2d" in str(traced.graph)
+        torch.testing.assert_close(traced(problem.x + 1), key_conv2d(problem.x + 1, *rest, padding=3))
+
+    def test_negated_views(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        rest = problem.tensors()[1:]
+        x = torch.complex(noise(2, 12, 9, 8), noise(2, 12, 9, 8, seed=1)).conj().imag
+        assert x.is_neg()
+        torch.testing.assert_close(key_conv2d(x, *rest, padding=3), key_conv2d(x.resolve_neg(), *rest, padding=3))
