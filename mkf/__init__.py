@@ -1,13 +1,15 @@
-"""Master key filters: collect depthwise filters and fit them to the eight keys they are copies of.
+"""Master key filters: collect depthwise filters, fit them to the eight keys they are copies of, compute with those.
 
 >>> keys = mkf.keys.paper8()
 >>> bank = mkf.FilterBank.from_model(model)
 >>> fit = mkf.affine_fit(bank, keys)  # .index .scale .shift .residual
+>>> layer = mkf.KeyConv2d.from_conv2d(conv, keys)  # a depthwise convolution that knows its filters are keys
 """
 
-from mkf import bank, keys, ops, search
+from mkf import bank, keys, nn, ops, search
 from mkf.bank import FilterBank
 from mkf.keys import KeySet
+from mkf.nn import KeyConv2d
 from mkf.ops import AffineFit, FitStatistics, affine_fit, fit_statistics
 
 __version__ = "0.1.0"
@@ -15,11 +17,13 @@ __all__ = [
     "AffineFit",
     "FilterBank",
     "FitStatistics",
+    "KeyConv2d",
     "KeySet",
     "affine_fit",
     "bank",
     "fit_statistics",
     "keys",
+    "nn",
     "ops",
     "search",
 ]

@@ -74,6 +74,8 @@ def weight(plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor) -> Tensor
 
 def weight_gradient(dy: Tensor, x: Tensor, k: int, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """The gradient of the filters, (C, k, k) float32, or float64 where x is."""
+    if x.is_cpu and x.dtype != torch.float64:
+        x, dy = x.float(), dy.float()  # oneDNN's bfloat16 gradient reads unwritten memory for some small inputs
     w = x.new_empty(x.shape[1], 1, k, k)  # only its shape counts
     dw = _convolution_backward(dy, x, w, stride, padding, dilation, input_gradient=False)
     return dw[:, 0].to(torch.promote_types(dw.dtype, torch.float32))

@@ -252,7 +252,7 @@ def _check(
     keys_shape, keys_dtype, keys_device = keys
     if len(keys_shape) != 3 or keys_shape[1] != keys_shape[2] or keys_shape[2] not in KERNEL_SIZES:
         raise ValueError(f"keys have shape {tuple(keys_shape)}: expected (K, k, k) with k one of {KERNEL_SIZES}")
-    count, k, _ = keys_shape
+    count, k = int(keys_shape[0]), int(keys_shape[2])
     if not 1 <= count <= MAX_KEYS:
         raise ValueError(f"there are {count} keys: expected 1 to {MAX_KEYS}")
     if keys_dtype not in DTYPES:
@@ -276,8 +276,7 @@ def _check(
         elif its_dtype not in (torch.float32, dtype):
             raise TypeError(f"{name} is {its_dtype}, x is {dtype}: make {name} float32 or {dtype}")
 
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    zeros = resolve_padding(padding, k, steps, spread)
+    steps, zeros, spread = geometry(k, stride, padding, dilation)
     if height + 2 * zeros[0] <= spread[0] * (k - 1) or width + 2 * zeros[1] <= spread[1] * (k - 1):
         raise ValueError(
             f"x of {height}x{width} is smaller than a {k}x{k} filter of dilation {spread} with padding {zeros}"
@@ -287,17 +286,24 @@ def _check(
     return _Checked(steps, zeros, spread, wide, converts)
 
 
-def resolve_padding(padding: int | Sequence[int] | str, k: int, stride: Pair, dilation: Pair) -> Pair:
-    """Rows and columns of zeros on every side, as numbers."""
+def geometry(
+    k: int, stride: int | Sequence[int], padding: int | Sequence[int] | str, dilation: int | Sequence[int]
+) -> tuple[Pair, Pair, Pair]:
+    """Stride, rows and columns of zeros on every side, and dilation, each vertical and horizontal.
+
+    Raises:
+        ValueError: Numbers that are none, or words other than "same" (which needs stride 1) and "valid".
+    """
+    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if padding == "valid":
-        return 0, 0
+        return steps, (0, 0), spread
     if padding == "same":
-        if stride != (1, 1):
+        if steps != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, not {stride}: give the padding as numbers")
-        return dilation[0] * (k - 1) // 2, dilation[1] * (k - 1) // 2
+        return steps, (spread[0] * (k - 1) // 2, spread[1] * (k - 1) // 2), spread
     if isinstance(padding, str):
         raise ValueError(f"padding={padding!r}: use numbers, 'same' or 'valid'")
-    return _pair("padding", padding, 0)
+    return steps, _pair("padding", padding, 0), spread
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> Pair:
@@ -363,6 +369,7 @@ def _is_plain(x: Tensor, *tensors: Tensor | None) -> bool:
         and not torch.autograd._profiler_enabled()
         and PLAIN.issuperset(map(type, (x, *tensors)))
         and not x.is_neg()
+        and not x.is_meta
     )
 
 

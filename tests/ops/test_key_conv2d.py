@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import sys
 from types import ModuleType
 
@@ -112,6 +113,8 @@ def assert_as_good(name, ours, theirs, exact, rounding):
         return
     for how, measure in (("in norm", torch.Tensor.norm), ("in the worst element", lambda t: t.abs().max())):
         error, reference, unavoidable = (measure(t).item() for t in (ours - exact, theirs - exact, rounding))
+        if math.isnan(reference):  # torch's bfloat16 gradient of small filters reads memory that nobody has written
+            reference = 0.0
         assert error <= 3 * reference + 2 * unavoidable, f"{name} {how}: error {error}, torch's {reference}"
 
 

@@ -1,0 +1,345 @@
+"""KeyConv2d: a depthwise convolution whose filters are scaled and shifted copies of a few shared keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mkf.keys import KeySet
+from mkf.nn.assign import Order, assign_keys
+from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
+from mkf.ops.key_conv2d import geometry
+
+TRAINABLE = ("scale", "shift", "bias", "keys")
+
+torch.fx.wrap("key_conv2d")  # a graph of torch.fx holds the call, not what it is made of
+
+
+class KeyConv2d(nn.Module):
+    """A depthwise convolution with shared keys, a drop-in for `nn.Conv2d(channels, channels, k, groups=channels)`.
+
+        out[n, c] = conv(x[n, c], scale[c] * keys[index[c]] + shift[c]) + bias[c]
+
+    It computes what that convolution does with `weight` as its filters, and has its attributes, but stores K keys and
+    four numbers a channel. `mkf.ops.key_conv2d` tells what makes it fast and what it accepts; `explain(x)` tells what
+    would run. A layer made this way is one to train from scratch: scale 1, shift 0 and bias 0, so that a filter is its
+    key, of norm 1 about its mean. `from_conv2d` fits the filters of an existing layer instead.
+
+    What trains is a choice. The paper's text has frozen keys, a learnable scalar in every tap and the ordinary bias,
+    `train=("shift", "bias")`; its answers to reviewers have no linear shift, `train=("bias",)`. The initial values,
+    which the paper does not publish, are ours.
+
+    The state is `keys` (K, k, k), `index` (C,) int32, and `scale`, `shift` and `bias` (C,). Writing to them in place
+    takes effect at the next forward. The keys stay float32 whatever dtype the layer is converted to, because rounded
+    keys are no longer separable. A layer on the meta device has no values: load a state after `to_empty`.
+
+    Args:
+        channels: C, of the input and of the output.
+        kernel_size: k, which the keys must have too.
+        keys: A `KeySet`, or (K, k, k) of which one can be made.
+        stride: One number, or vertical and horizontal.
+        padding: Zeros on every side: one number, a pair, "same" (stride 1) or "valid". Fast is k // 2, that is "same".
+        dilation: One number, or vertical and horizontal. Fast is 1.
+        bias: Whether there is a bias.
+        assign: Which share of the channels each key gets: "uniform", or K proportions.
+        order: "blocks" of channels with the same key, which is faster, or "random".
+        rotation: The key of the first block; let it go up from layer to layer. See `mkf.nn.assign.assign_keys`.
+        generator: For `order="random"`; torch's global one if None.
+        train: What has gradients, of "scale", "shift", "bias" and "keys".
+        padding_mode: "zeros", the only one there is.
+        backend: Name of an implementation; automatic if None.
+        tolerance: Relative L2 error allowed in a key where that makes it cheaper; see `KeySet.plan`.
+        device: Where the layer is made.
+        dtype: Of scale, shift and bias.
+
+    Raises:
+        ValueError: Keys of another size, or options that are none.
+    """
+
+    keys: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        keys: KeySet | Tensor,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        assign: str | Sequence[float] = "uniform",
+        order: Order = "blocks",
+        rotation: int = 0,
+        generator: torch.Generator | None = None,
+        train: Iterable[str] = ("shift", "bias"),
+        padding_mode: str = "zeros",
+        backend: str | None = None,
+        tolerance: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        keys = keys if isinstance(keys, KeySet) else KeySet(keys)
+        k = keys.kernel_size
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if self.kernel_size != (k, k):
+            size = "x".join(map(str, self.kernel_size))
+            raise ValueError(f"the layer is {size}, the keys are {k}x{k}: give keys of its size")
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode={padding_mode!r}: KeyConv2d pads with zeros only")
+        if channels < 1:
+            raise ValueError(f"channels={channels}: expected 1 or more")
+        self.in_channels = self.out_channels = self.groups = channels
+        self.stride, zeros, self.dilation = geometry(k, stride, padding, dilation)
+        self.padding = padding if isinstance(padding, str) else zeros
+        self.padding_mode = padding_mode
+        self.transposed = False
+        self.output_padding = (0, 0)
+        self.backend = backend
+        self.tolerance = tolerance
+        self.key_names = keys.names
+        self.residual: Tensor | None = None  # of each channel's fit, (C,) float32 on the CPU; not part of the state
+
+        device = torch.get_default_device() if device is None else device
+        index = assign_keys(channels, len(keys), assign, order, rotation, generator)
+        self.register_buffer("keys", keys.filters.to(device))
+        self.register_buffer("index", index.to(device))
+        self.scale, self.shift = (nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) for _ in range(2))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+        self.set_trainable(train)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        keys: KeySet | Tensor,
+        *,
+        assign: str | Sequence[float] = "fit",
+        order: Order = "blocks",
+        rotation: int = 0,
+        generator: torch.Generator | None = None,
+        train: Iterable[str] = ("shift", "bias"),
+        backend: str | None = None,
+        tolerance: float = 0.0,
+    ) -> Self:
+        """A layer like an existing depthwise one: its size, stride, padding, dilation, device, dtype and mode.
+
+        With `assign="fit"` each of its filters is replaced by its best scaled and shifted key (`mkf.affine_fit`), what
+        that misses is in `residual`, and its bias is copied. Otherwise keys are assigned anew, to train from scratch.
+
+        Args:
+            conv: The convolution; it is not changed and shares nothing with the new layer.
+            keys: As in `KeyConv2d`.
+            assign: "fit", or what `KeyConv2d` takes.
+            order: See `KeyConv2d`, as the rest.
+            rotation: See `KeyConv2d`.
+            generator: See `KeyConv2d`.
+            train: See `KeyConv2d`.
+            backend: See `KeyConv2d`.
+            tolerance: See `KeyConv2d`.
+
+        Raises:
+            TypeError: It is no `nn.Conv2d`, or a subclass that computes otherwise.
+            ValueError: It is not depthwise with one filter a channel, pads with something else than zeros, is not
+                square or of another size than the keys, or its filters are not finite.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"from_conv2d takes an nn.Conv2d, not a {type(conv).__name__}")
+        if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+            raise TypeError(f"a {type(conv).__name__} computes otherwise than nn.Conv2d, so it has no equal here")
+        if not conv.groups == conv.in_channels == conv.out_channels:
+            raise ValueError(
+                f"not a depthwise convolution with one filter a channel: {conv.in_channels} channels in, "
+                f"{conv.out_channels} out, {conv.groups} groups"
+            )
+        fits = isinstance(assign, str) and assign == "fit"
+        layer = cls(
+            conv.in_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            keys,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            bias=conv.bias is not None,
+            assign="uniform" if fits else assign,
+            order=order,
+            rotation=rotation,
+            generator=generator,
+            train=train,
+            padding_mode=conv.padding_mode,
+            backend=backend,
+            tolerance=tolerance,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        if fits:
+            layer.fit_weight(conv.weight, conv.bias)
+        return layer.train(conv.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The filters written out, (C, 1, k, k), in the dtype of `scale`; differentiable, and computed at each call."""
+        scale, shift = self.scale.to(torch.float32), self.shift.to(torch.float32)
+        filters = scale[:, None, None] * self.keys[self.index] + shift[:, None, None]
+        return filters[:, None].to(self.scale.dtype)
+
+    @torch.no_grad()
+    def fit_weight(self, weight: Tensor, bias: Tensor | None = None) -> AffineFit:
+        """Take over the filters of an ordinary convolution, each as its best scaled and shifted key.
+
+        Args:
+            weight: (C, 1, k, k) or (C, k, k), such as `state_dict["blocks.0.conv_dw.weight"]`.
+            bias: (C,); None keeps the bias.
+
+        Returns:
+            The fit; its residual is kept as `residual`.
+
+        Raises:
+            ValueError: Another shape, filters that are not finite, or a bias where the layer has none.
+        """
+        filters = weight[:, 0] if weight.ndim == 4 and weight.shape[1] == 1 else weight
+        if filters.shape != (self.in_channels, *self.kernel_size):
+            expected = (self.in_channels, 1, *self.kernel_size)
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, this layer needs {expected}")
+        if bias is not None and (self.bias is None or bias.shape != self.bias.shape):
+            own = "no bias" if self.bias is None else f"one of shape {tuple(self.bias.shape)}"
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, this layer has {own}")
+        fit = affine_fit(filters, self.keys)
+        if (fit.index < 0).any():
+            raise ValueError(f"{int((fit.index < 0).sum())} of {len(filters)} filters hold NaN or infinity")
+        self.index.copy_(fit.index)
+        self.scale.copy_(fit.scale)
+        self.shift.copy_(fit.shift)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self.residual = fit.residual.cpu()
+        return fit
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """An ordinary depthwise convolution with the filters written out, sharing nothing with this layer."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            device="meta",
+            dtype=self.scale.dtype,
+        )
+        conv.weight = nn.Parameter(self.weight.detach())
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone())
+        return conv.train(self.training)
+
+    def fuse(self) -> nn.Conv2d:
+        """What `timm.utils.reparameterize_model` puts in the layer's place: `to_conv2d()`, for other runtimes.
+
+        With torch, this layer is the faster one.
+        """
+        return self.to_conv2d()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0 and bias 0: each filter is its key. Keys and index stay."""
+        self.scale.fill_(1)
+        self.shift.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def set_trainable(self, names: Iterable[str]) -> None:
+        """Choose anew what has gradients, of "scale", "shift", "bias" and "keys"; make the optimiser after it.
+
+        The keys are a parameter of the module while they train and a buffer while not. Each layer has keys of its own.
+
+        Raises:
+            ValueError: Another name.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
+            if name not in TRAINABLE:
+                raise ValueError(f"train={names!r}: choose from {', '.join(TRAINABLE)}")
+        for name in ("scale", "shift", "bias"):
+            parameter = getattr(self, name)
+            if parameter is not None:
+                parameter.requires_grad_(name in names)
+        keys = self.keys.detach()
+        del self.keys
+        if "keys" in names:
+            self.keys = nn.Parameter(keys)
+        else:
+            self.register_buffer("keys", keys)
+
+    def explain(self, x: Tensor) -> str:
+        """Say which implementation would convolve `x`, and why not those that are preferred to it."""
+        options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
+        return explain_key_conv2d(x, self.keys, *options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C, H, W) or (C, H, W); see `mkf.ops.key_conv2d`."""
+        if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return key_conv2d(
+            x,
+            self.keys,
+            self.index,
+            self.scale,
+            self.shift,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.backend,
+            self.tolerance,
+        )
+
+    def extra_repr(self) -> str:
+        """Size and options, the share of the channels that each key has, and what a fit missed."""
+        options = [str(self.in_channels), f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        options.append(f"padding={self.padding!r}")
+        if self.dilation != (1, 1):
+            options.append(f"dilation={self.dilation}")
+        if self.bias is None:
+            options.append("bias=False")
+        if not self.index.is_meta:
+            shares = torch.bincount(self.index, minlength=len(self.keys))[: len(self.keys)].tolist()
+            used = [f"{name}: {n}" for name, n in zip(self.key_names, shares, strict=True) if n]
+            options.append(f"channels by key: {{{', '.join(used)}}}")
+        if self.residual is not None:
+            options.append(f"mean residual={self.residual.mean():.3f}")
+        return ", ".join(options)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        keys = self.keys.detach()
+        super()._apply(fn, recurse)
+        if self.keys.dtype != torch.float32:  # moved and rounded; only the move is wanted
+            self.keys.data = keys.to(self.keys.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if f"{prefix}weight" in state_dict and f"{prefix}keys" not in state_dict:
+            error_msgs.append(
+                f"{prefix}weight holds the filters of an nn.Conv2d, which keys can only approximate: take them with "
+                "fit_weight(weight, bias), or load them into the nn.Conv2d and convert that by KeyConv2d.from_conv2d"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
