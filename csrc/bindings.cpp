@@ -1,11 +1,15 @@
 // The Python module mkf._native: one thin function a kernel. Tensors arrive as addresses, sizes and strides, so that the
 // module needs no torch headers and one build serves every version of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
 
 #include "affine_fit/affine_fit.hpp"
+#include "key_conv2d/key_conv2d.hpp"
 
 namespace py = pybind11;
 
@@ -27,6 +31,28 @@ mkf::AffineFit affine_fit_problem(std::uintptr_t filters, int dtype, std::int64_
             pointer<const float>(keys), pointer<const float>(inverse_norms), pointer<const float>(key_means),
             keys_count, best, positive, pointer<std::int32_t>(index), pointer<float>(scale), pointer<float>(shift),
             pointer<float>(residual)};
+}
+
+// (dtype, channels_last, batch, channels, height, width, k, stride)
+using ConvShape = std::tuple<int, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, int>;
+// (keys_count, most_terms) and the addresses of keys, direct, terms, columns, rows, box, tap, tap_row, tap_column
+using ConvPlan = std::tuple<int, int, std::array<std::uintptr_t, 9>>;
+// The addresses of index, scale, shift
+using ConvChannels = std::array<std::uintptr_t, 3>;
+
+mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels) {
+    const auto& [dtype, channels_last, batch, channel_count, height, width, k, stride] = shape;
+    const auto& [keys_count, most_terms, at] = plan;
+    if (k < 3 || k > 11 || k % 2 == 0 || stride < 1 || stride > 2 || keys_count < 1 || most_terms < 1)
+        throw std::invalid_argument("key_conv2d: k must be odd, 3 to 11, the stride 1 or 2, with at least one key");
+    if (batch < 1 || channel_count < 1 || height < 1 || width < 1)
+        throw std::invalid_argument("key_conv2d: an empty tensor");
+    return {static_cast<mkf::DType>(dtype), channels_last, batch, channel_count, height, width, k, stride,
+            keys_count, most_terms, pointer<const float>(at[0]), pointer<const bool>(at[1]),
+            pointer<const std::int32_t>(at[2]), pointer<const float>(at[3]), pointer<const float>(at[4]),
+            pointer<const float>(at[5]), pointer<const float>(at[6]), pointer<const std::int32_t>(at[7]),
+            pointer<const std::int32_t>(at[8]), pointer<const std::int32_t>(channels[0]),
+            pointer<const float>(channels[1]), pointer<const float>(channels[2]), nullptr};
 }
 
 }  // namespace
@@ -63,6 +89,34 @@ PYBIND11_MODULE(_native, m) {
         py::arg("col_stride"), py::arg("k"), py::arg("keys"), py::arg("inverse_norms"), py::arg("key_means"),
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("isa"), py::arg("threads"));
+
+    m.def(
+        "key_conv2d_cpu",
+        [](const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels, std::uintptr_t x,
+           std::uintptr_t bias, std::uintptr_t out, mkf::Isa isa, int threads) {
+            const auto problem = key_conv2d_problem(shape, plan, channels);
+            if (!mkf::cpu_runs(isa)) throw std::invalid_argument("key_conv2d: this processor lacks that instruction set");
+            py::gil_scoped_release release;
+            mkf::key_conv2d_cpu(problem, {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out)}, isa,
+                                threads);
+        },
+        py::arg("shape"), py::arg("plan"), py::arg("channels"), py::arg("x"), py::arg("bias"), py::arg("out"),
+        py::arg("isa"), py::arg("threads"));
+    m.def(
+        "key_conv2d_backward_cpu",
+        [](const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels, std::uintptr_t dy,
+           std::uintptr_t x, std::uintptr_t dx, std::uintptr_t d_scale, std::uintptr_t d_shift, std::uintptr_t d_bias,
+           mkf::Isa isa, int threads) {
+            const auto problem = key_conv2d_problem(shape, plan, channels);
+            if (!mkf::cpu_runs(isa)) throw std::invalid_argument("key_conv2d: this processor lacks that instruction set");
+            py::gil_scoped_release release;
+            mkf::key_conv2d_backward_cpu(problem,
+                                         {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx),
+                                          pointer<float>(d_scale), pointer<float>(d_shift), pointer<float>(d_bias)},
+                                         isa, threads);
+        },
+        py::arg("shape"), py::arg("plan"), py::arg("channels"), py::arg("dy"), py::arg("x"), py::arg("dx"),
+        py::arg("d_scale"), py::arg("d_shift"), py::arg("d_bias"), py::arg("isa"), py::arg("threads"));
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;

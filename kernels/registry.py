@@ -62,6 +62,7 @@ IMPLEMENTATIONS = (  # for each operator in the order of preference
         "affine_fit", "triton", ("cuda",), "Triton, for NVIDIA GPUs without the CUDA kernels and for AMD GPUs"
     ),
     Implementation("affine_fit", "reference", (), "PyTorch, the readable definition, on any device"),
+    Implementation("key_conv2d", "native", ("cpu",), "C++: AVX-512, AVX2 or portable, chosen at run time"),
     Implementation("key_conv2d", "reference", (), "PyTorch's depthwise convolution with the filters written out"),
 )
 

@@ -1,0 +1,111 @@
+// Loads and stores of the first lanes of a vector, from and to memory that holds float32 or bfloat16.
+#pragma once
+
+#include <cstring>
+
+#include "vec.hpp"
+
+namespace mkf::MKF_ISA {
+
+// How many lanes of a vector stand for something in memory; the others load as zero and are not stored.
+struct Lanes {
+    int count;
+#if defined(__AVX512F__)
+    __mmask16 mask;
+#elif defined(__AVX2__)
+    __m256i mask;
+#endif
+
+    explicit Lanes(int n) : count(n < Vec::width ? n : Vec::width) {
+#if defined(__AVX512F__)
+        mask = static_cast<__mmask16>((1u << count) - 1);
+#elif defined(__AVX2__)
+        mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+#endif
+    }
+    bool full() const { return count == Vec::width; }
+};
+
+inline void prefetch_to_second_cache(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
+inline Vec zero() { return broadcast(0.0f); }
+
+// The nearest bfloat16, ties to even; a NaN stays one.
+static inline BFloat16 to_bfloat16(float x) {
+    std::uint32_t b;
+    std::memcpy(&b, &x, sizeof b);
+    if ((b & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((b >> 16) | 0x40u)};
+    return {static_cast<std::uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
+}
+
+template <class T>
+inline Vec load_some(const T* p, int count) {
+    float values[Vec::width] = {};
+    for (int i = 0; i < count; ++i) values[i] = to_float(p[i]);
+    return load(values);
+}
+
+#if defined(__AVX512F__)
+
+inline Vec load(const float* p, const Lanes& lanes) { return {_mm512_maskz_loadu_ps(lanes.mask, p)}; }
+inline void store(float* p, Vec a, const Lanes& lanes) {
+    lanes.full() ? _mm512_storeu_ps(p, a.v) : _mm512_mask_storeu_ps(p, lanes.mask, a.v);
+}
+inline Vec load(const BFloat16* p, const Lanes& lanes) {
+    const __m256i x = _mm256_maskz_loadu_epi16(lanes.mask, p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
+    const __m512i b = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(b, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+    _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(result));
+}
+
+#elif defined(__AVX2__)
+
+inline Vec load(const float* p, const Lanes& lanes) { return {_mm256_maskload_ps(p, lanes.mask)}; }
+inline void store(float* p, Vec a, const Lanes& lanes) {
+    lanes.full() ? _mm256_storeu_ps(p, a.v) : _mm256_maskstore_ps(p, lanes.mask, a.v);
+}
+inline Vec load(const BFloat16* p, const Lanes& lanes) {
+    return lanes.full() ? load_floats(p) : load_some(p, lanes.count);
+}
+inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
+    const __m256i b = _mm256_castps_si256(a.v), high = _mm256_srli_epi32(b, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+    if (lanes.full()) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+    alignas(16) BFloat16 values[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(values), packed);
+    std::memcpy(p, values, lanes.count * sizeof *p);
+}
+
+#else
+
+template <class T>
+inline Vec load(const T* p, const Lanes& lanes) {
+    return load_some(p, lanes.count);
+}
+inline void store(float* p, Vec a, const Lanes& lanes) {
+    for (int i = 0; i < lanes.count; ++i) p[i] = a.v[i];
+}
+inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
+    for (int i = 0; i < lanes.count; ++i) p[i] = to_bfloat16(a.v[i]);
+}
+
+#endif
+
+}  // namespace mkf::MKF_ISA

@@ -1,0 +1,125 @@
+// Arranges the plan once and hands the tensors to the kernel of one instruction set.
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "key_conv2d.hpp"
+
+namespace mkf {
+
+namespace {
+
+struct OwnedKeyTable {
+    std::vector<float> values;
+    KeyTable view;
+
+    explicit OwnedKeyTable(const KeyConv2d& p) {
+        const int factors = p.most_terms * p.k, taps = p.k * p.k;
+        view.padded = (p.keys_count + 15) / 16 * 16;  // the widest vector
+        view.count = p.keys_count;
+        view.rows = factors;
+        view.keys = 2 * factors;
+        view.box = view.keys + taps;
+        view.tap = view.box + 1;
+        values.assign(static_cast<std::size_t>(view.tap + 1) * view.padded, 0.0f);
+        view.values = values.data();
+        place(p.columns, 0, factors);
+        place(p.rows, view.rows, factors);
+        place(p.keys, view.keys, taps);
+        place(p.box, view.box, 1);
+        place(p.tap, view.tap, 1);
+    }
+
+    void place(const float* of_key, int first, int count) {
+        for (int j = 0; j < view.count; ++j)
+            for (int i = 0; i < count; ++i)
+                values[static_cast<std::size_t>(first + i) * view.padded + j] = of_key[j * count + i];
+    }
+};
+
+// Channels-first, any channels can share a vector: those with equal keys do, and so most vectors compute the cheapest form.
+struct SortedChannels {
+    std::vector<std::int32_t> order, index;
+    std::vector<float> scale, shift;
+
+    explicit SortedChannels(const KeyConv2d& p) : order(p.channels) {
+        std::iota(order.begin(), order.end(), 0);
+        const auto rank = [&](std::int32_t c) {
+            const std::int32_t key = p.index[c];
+            return std::make_tuple(p.direct[key], p.terms[key], key);
+        };
+        std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rank(a) < rank(b); });
+        index = sorted(p.index);
+        scale = sorted(p.scale);
+        shift = sorted(p.shift);
+    }
+
+    template <class T>
+    std::vector<T> sorted(const T* of_channel) const {
+        std::vector<T> result(order.size());
+        for (std::size_t i = 0; i < order.size(); ++i) result[i] = of_channel[order[i]];
+        return result;
+    }
+    void unsort(const std::vector<float>& from, float* to) const {
+        if (to == nullptr) return;
+        for (std::size_t i = 0; i < order.size(); ++i) to[order[i]] = from[i];
+    }
+    KeyConv2d in(KeyConv2d p) const {
+        p.order = order.data();
+        p.index = index.data();
+        p.scale = scale.data();
+        p.shift = shift.data();
+        return p;
+    }
+};
+
+void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
+#if defined(MKF_X86)
+    if (isa == Isa::avx512) return avx512::key_conv2d(p, tensors, table, threads);
+    if (isa == Isa::avx2) return avx2::key_conv2d(p, tensors, table, threads);
+#endif
+    (void)isa;
+    portable::key_conv2d(p, tensors, table, threads);
+}
+
+void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, Isa isa, int threads) {
+#if defined(MKF_X86)
+    if (isa == Isa::avx512) return avx512::key_conv2d_backward(p, tensors, table, threads);
+    if (isa == Isa::avx2) return avx2::key_conv2d_backward(p, tensors, table, threads);
+#endif
+    (void)isa;
+    portable::key_conv2d_backward(p, tensors, table, threads);
+}
+
+}  // namespace
+
+void key_conv2d_cpu(const KeyConv2d& p, const KeyConv2dForward& tensors, Isa isa, int threads) {
+    const OwnedKeyTable table(p);
+    if (p.channels_last) return run(p, tensors, table.view, isa, threads);
+    const SortedChannels sorted(p);
+    KeyConv2dForward of_sorted = tensors;
+    std::vector<float> bias;
+    if (tensors.bias) {
+        bias = sorted.sorted(tensors.bias);
+        of_sorted.bias = bias.data();
+    }
+    run(sorted.in(p), of_sorted, table.view, isa, threads);
+}
+
+void key_conv2d_backward_cpu(const KeyConv2d& p, const KeyConv2dBackward& tensors, Isa isa, int threads) {
+    const OwnedKeyTable table(p);
+    if (p.channels_last) return run(p, tensors, table.view, isa, threads);
+    const SortedChannels sorted(p);
+    KeyConv2dBackward of_sorted = tensors;
+    std::vector<float> d_scale(p.channels), d_shift(p.channels), d_bias(p.channels);
+    if (tensors.d_scale) of_sorted.d_scale = d_scale.data();
+    if (tensors.d_shift) of_sorted.d_shift = d_shift.data();
+    if (tensors.d_bias) of_sorted.d_bias = d_bias.data();
+    run(sorted.in(p), of_sorted, table.view, isa, threads);
+    sorted.unsort(d_scale, tensors.d_scale);
+    sorted.unsort(d_shift, tensors.d_shift);
+    sorted.unsort(d_bias, tensors.d_bias);
+}
+
+}  // namespace mkf

@@ -1,0 +1,2 @@
+#define MKF_ISA avx2
+#include "cpu_kernel.hpp"

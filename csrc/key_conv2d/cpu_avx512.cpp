@@ -1,0 +1,2 @@
+#define MKF_ISA avx512
+#include "cpu_kernel.hpp"

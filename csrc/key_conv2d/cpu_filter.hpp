@@ -1,0 +1,138 @@
+// Filters along one direction: a run of neighbouring outputs stays in registers while each input is loaded once and meets
+// all the outputs that it reaches.
+#pragma once
+
+#include "../common/lanes.hpp"
+#include "../common/unroll.hpp"
+
+namespace mkf::MKF_ISA {
+
+// Which inputs reach which outputs, along one direction, of a filter of K taps that makes the image `Down` times smaller,
+// or, as the adjoint of that does, `Up` times larger. At least one of the two is 1.
+template <int K, int Down, int Up>
+struct Geometry {
+    static constexpr int k = K, pad = K / 2, down = Down, up = Up;
+    static constexpr int run = Up == 1 ? 7 : 8;      // outputs at once; a run starts at a multiple of `up`
+    static constexpr int block = run * Down / Up;    // how many inputs further the next run starts
+    static constexpr int before = pad / Up;          // inputs that a run needs from before its block
+    static constexpr int inputs = ((run - 1) * Down + K - 1 - pad % Up) / Up + 1;  // that reach a run
+    static_assert((Down == 1 || Up == 1) && before <= block && inputs - before <= 2 * block);
+
+    // The tap by which input i of a run (from `before` on) reaches output j; outside of [0, k) it does not.
+    static constexpr int tap(int i, int j) { return i * Up - j * Down + pad % Up; }
+
+    // The input that reaches `output` by `tap`, both counted from the edge of the image; it may lie outside of it.
+    // False where there is none because the image grows.
+    static bool input(int output, int tap, int& input) {
+        const int position = output * Down + tap - pad;
+        input = position / Up;
+        return position % Up == 0;
+    }
+};
+
+// Which inputs of a run lie inside of the image: a bit each, as one test is all that the inner loops can afford.
+struct Inside {
+    unsigned bits;
+
+    // For a run whose input 0 is the `first` of `size`.
+    Inside(int first, int size) {
+        const int begin = first < 0 ? -first : 0, end = size - first;
+        bits = (end >= 32 ? ~0u : (1u << end) - 1) & (~0u << begin);
+    }
+    bool holds(int i) const { return bits >> i & 1; }
+};
+
+// The value, but as if it had just been read: without this, compilers compute what the unrolled loops need of it long
+// before, and then keep it in memory.
+template <class X>
+MKF_ALWAYS_INLINE static inline X fresh(X x) {
+#if defined(__GNUC__)
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// Inputs that lie `stride` elements apart in a tensor; next() has to be called once for each of them, in order.
+template <class T>
+struct Strided {
+    T* at;
+    std::ptrdiff_t stride;
+    const Lanes& lanes;
+
+    template <class I>
+    MKF_ALWAYS_INLINE Vec operator()(I) const { return load(at, lanes); }
+    MKF_ALWAYS_INLINE void next() { at = fresh(at + stride); }
+};
+
+// A filter of k taps a lane: sums[j] += taps[G::tap(i, j)] * input i.
+template <class G>
+struct Taps {
+    Vec taps[G::k];
+    Vec (&sums)[G::run];
+
+    MKF_ALWAYS_INLINE Taps(const Vec* from, Vec (&to)[G::run]) : sums(to) {
+        unroll<G::k>([&](auto t) MKF_ALWAYS_INLINE { taps[t] = from[t]; });
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void meet(I, Vec x) {
+        unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
+            constexpr int tap = G::tap(I::value, decltype(j)::value);
+            if constexpr (tap >= 0 && tap < G::k) sums[j] = fma(taps[tap], x, sums[j]);
+        });
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void passed(I) {}
+};
+
+// A filter of ones: sums[j] = the sum of the inputs that reach output j. Never by adding what enters and subtracting what
+// leaves: that drifts, and Inf - Inf would spoil outputs that are far from the Inf.
+template <class G>
+struct Ones {
+    // All outputs meet input `last`. What they meet up to it are sums from right to left, what they meet after it sums from
+    // left to right, and each step of either is the sum that the next output needs.
+    static constexpr bool shared = G::down == 1 && G::up == 1 && G::k >= G::run;
+    static constexpr int last = G::run - 1;
+
+    Vec (&sums)[G::run];
+    Vec sum = zero();
+
+    MKF_ALWAYS_INLINE explicit Ones(Vec (&to)[G::run]) : sums(to) {
+        unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = zero(); });
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void meet(I, Vec x) {
+        if constexpr (!shared) {
+            unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
+                constexpr int tap = G::tap(I::value, decltype(j)::value);
+                if constexpr (tap >= 0 && tap < G::k) sums[j] = sums[j] + x;
+            });
+        } else if constexpr (I::value <= last) {
+            sums[I::value] = x;
+        } else {
+            sum = sum + x;
+        }
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void passed(I) {
+        if constexpr (shared && I::value == last)
+            unroll<last>([&](auto j) MKF_ALWAYS_INLINE { sums[last - 1 - j] = sums[last - 1 - j] + sums[last - j]; });
+        if constexpr (shared && I::value > last && I::value >= G::k - 1)
+            sums[I::value - G::k + 1] = sums[I::value - G::k + 1] + sum;
+    }
+};
+
+// Shows all inputs of a run that are inside to the filters. Padding costs nothing: it is skipped, not multiplied.
+template <class G, class Input, class... Filters>
+MKF_ALWAYS_INLINE static inline void filter(Input input, Inside inside, Filters&... filters) {
+    inside.bits = fresh(inside.bits);
+    unroll<G::inputs>([&](auto i) MKF_ALWAYS_INLINE {
+        if (inside.holds(i)) {
+            const Vec x = input(i);
+            (filters.meet(i, x), ...);
+        }
+        (filters.passed(i), ...);
+        input.next();
+    });
+}
+
+}  // namespace mkf::MKF_ISA

@@ -1,0 +1,120 @@
+// What one vector of channels multiplies by: the keys of its lanes, looked up in the plan and put into one common form.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu_plane.hpp"
+#include "key_conv2d.hpp"
+
+namespace mkf::MKF_ISA {
+
+constexpr int most_single_taps = 4;  // in one group; beyond that all taps are cheaper
+
+// conv(x, key) where the lanes may hold different keys: the sum of `terms` separable terms (as many as the worst lane
+// needs), of single taps, and of `box` times the sum of the window; or all taps.
+template <int K>
+struct Group {
+    static constexpr int most_terms = K / 2;  // more would cost more than K * K taps
+
+    struct SingleTap {
+        int row, column;
+        Vec weight;
+    };
+
+    Channels channels;
+    bool direct, has_box;  // has_box: the sum of the window is needed
+    int terms, single_taps;
+    Vec start;         // what every sum starts from
+    Vec box;
+    Vec scale, shift;  // of the channels
+    Vec taps[K * K];   // direct: row by row; else the columns of all terms and then their rows
+    SingleTap single[most_single_taps];
+
+    // Makes it compute nothing.
+    void clear() {
+        direct = has_box = false;
+        terms = single_taps = 0;
+    }
+
+    const Vec* column(int term) const { return taps + term * K; }
+    const Vec* row(int term) const { return taps + (terms + term) * K; }
+};
+
+enum class Weights {
+    whole,  // scale * key + shift
+    key,    // the key alone
+};
+
+// Chooses the form of the group that starts at channel `first` and looks its numbers up. `flipped` turns the keys by 180
+// degrees; `need_sum` asks for the sum of the window whether or not the convolution needs it.
+template <int K>
+static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, const float* bias, std::int64_t first,
+                 Weights weights, bool flipped, bool need_sum) {
+    const Lanes lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
+    const std::int32_t* key_of = p.index + first;
+    group.channels = {lanes, first, p.order + first};
+    group.scale = load(p.scale + first, lanes);
+    group.shift = load(p.shift + first, lanes);
+    group.start = bias ? load(bias + first, lanes) : zero();
+
+    const bool whole = weights == Weights::whole;
+    const Vec scale = whole ? group.scale : broadcast(1.0f), shift = whole ? group.shift : zero();
+
+    float numbers[Vec::width] = {};  // of the keys; lanes beyond the last channel use any key, as what they meet is zero
+    for (int i = 0; i < Vec::width; ++i) numbers[i] = static_cast<float>(key_of[i < lanes.count ? i : 0]);
+    const Vec key = load(numbers);
+    const auto entry = [&](int i) { return lookup(table.entry(i), table.count, key); };
+
+    group.direct = false;
+    group.terms = group.single_taps = 0;
+    for (int i = 0; i < lanes.count; ++i) {
+        const int j = key_of[i];
+        group.direct |= p.direct[j];
+        group.terms = std::max(group.terms, p.terms[j]);
+        if (p.tap[j] == 0.0f) continue;
+        const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];
+        const int column = flipped ? K - 1 - p.tap_column[j] : p.tap_column[j];
+        int at = 0;
+        while (at < group.single_taps && (group.single[at].row != row || group.single[at].column != column)) ++at;
+        if (at == most_single_taps) {
+            group.direct = true;
+        } else if (at == group.single_taps) {
+            group.single[at] = {row, column, zero()};
+            ++group.single_taps;
+        }
+    }
+    // Without the whole weights, the shift's part of the input's gradient needs the sum too.
+    need_sum = need_sum || (!whole && bits(abs(group.shift) > zero()) != 0);
+    group.direct |= 2 * K * group.terms + group.single_taps >= K * K;
+
+    if (group.direct) {
+        group.terms = group.single_taps = 0;
+        group.box = zero();
+        group.has_box = need_sum;
+        for (int t = 0; t < K * K; ++t)
+            group.taps[t] = fma(scale, entry(table.keys + (flipped ? K * K - 1 - t : t)), shift);
+        return;
+    }
+    group.box = fma(scale, entry(table.box), shift);
+    group.has_box = need_sum || bits(abs(group.box) > zero()) != 0;
+    for (int term = 0; term < group.terms; ++term) {
+        for (int t = 0; t < K; ++t) {
+            const int from = term * K + (flipped ? K - 1 - t : t);
+            group.taps[term * K + t] = entry(from);
+            group.taps[(group.terms + term) * K + t] = scale * entry(table.rows + from);
+        }
+    }
+    if (group.single_taps == 0) return;
+    float weight[most_single_taps][Vec::width] = {};
+    for (int i = 0; i < lanes.count; ++i) {
+        const int j = key_of[i];
+        if (p.tap[j] == 0.0f) continue;
+        const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];
+        const int column = flipped ? K - 1 - p.tap_column[j] : p.tap_column[j];
+        for (int s = 0; s < group.single_taps; ++s)
+            if (group.single[s].row == row && group.single[s].column == column) weight[s][i] = p.tap[j];
+    }
+    for (int s = 0; s < group.single_taps; ++s) group.single[s].weight = scale * load(weight[s]);
+}
+
+}  // namespace mkf::MKF_ISA

@@ -1,0 +1,289 @@
+// The key convolution and its gradients on a processor: what a strip (cpu_strip.hpp) computes is stored, or multiplied with
+// x and summed up. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
+#pragma once
+
+#include "cpu_strip.hpp"
+
+namespace mkf::MKF_ISA {
+
+struct Task {
+    std::int64_t image;
+    int strip, group;
+};
+
+// How the work is cut. The cut does not depend on the number of threads, and so no result does.
+template <class G>
+struct Tasks {
+    int groups, strips;
+    bool groups_inside;  // neighbours in memory are neighbours in time
+    std::int64_t count;
+
+    Tasks(const KeyConv2d& p, std::int64_t out_rows)
+        : groups(static_cast<int>((p.channels + Vec::width - 1) / Vec::width)),
+          strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
+          groups_inside(p.channels_last),
+          count(p.batch * strips * groups) {}
+
+    Task operator[](std::int64_t i) const {
+        const int inner = groups_inside ? groups : strips;
+        const int in = static_cast<int>(i % inner), out = static_cast<int>(i / inner % (strips * groups / inner));
+        const std::int64_t image = i / (strips * groups);
+        return groups_inside ? Task{image, out, in} : Task{image, in, out};
+    }
+
+    // The share of one task in what the next strip wants of a channels-last tensor, of which a strip has `rows`, to be
+    // fetched in `steps`. `offset` rows of the next strip were fetched before.
+    template <class T>
+    Ahead::Stream ahead(const Tensor<T>& t, Task task, int rows, int offset, int steps) const {
+        const std::int64_t line = t.columns * t.channels * static_cast<std::int64_t>(sizeof(T));
+        const std::int64_t lines = (rows * line / groups / steps + 63) / 64, size = lines * 64 * steps;
+        const std::int64_t next = (task.image * t.rows + (task.strip + 1) * rows + offset) * line + task.group * size;
+        const std::int64_t room = t.images * t.rows * line - size;
+        if (t.data == nullptr || room < 0) return {};
+        return {reinterpret_cast<const char*>(t.data) + std::min(next, room), static_cast<int>(lines)};
+    }
+};
+
+template <class T>
+struct Store {
+    Plane<T> out;
+    Lanes lanes;
+
+    template <class Input>
+    void column(const Input&, Inside) {}
+    void end_of_block() {}
+
+    template <int N>
+    MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&)[N]) {
+        T* to = out.at(run.row, run.column);
+        unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+            if (j < run.count) store(to + j * out.column_stride, sums[j], lanes);
+        });
+    }
+};
+
+template <class G, class T, class View>
+static void forward(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+    using Pixel = typename View::Pixel;
+    const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
+    const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
+                            static_cast<int>(p.width)};
+    const Tensor<T> out{static_cast<T*>(tensors.out), p.batch, p.channels, out_rows, out_columns};
+    const Tasks<G> tasks(p, out_rows);
+    parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
+        // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
+        const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
+        for (int i = 0; i < tasks.groups; ++i)
+            fill(groups[i], p, table, tensors.bias, i * Vec::width, Weights::whole, false, false);
+        alignas(64) typename Strip<G, Pixel>::Ring ring;
+        View reading, writing;
+        for (std::int64_t i = first; i < last; ++i) {
+            const Task task = tasks[i];
+            const Group<G::k>& group = groups[task.group];
+            const int row = task.strip * G::run, rows = std::min(G::run, out_rows - row);
+            using S = Strip<G, Pixel>;
+            const auto in = reading.read(x, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
+            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows), group.channels.lanes};
+            Ahead ahead;
+            if (p.channels_last && i + tasks.groups < last) {
+                ahead.streams[0] = tasks.ahead(x, task, G::block, G::before, x.columns);
+                ahead.streams[1] = tasks.ahead(out, task, G::run, 0, x.columns);
+            }
+            S(in, group, row, rows, out_columns, ring).run(finish, ahead);
+            writing.written();
+        }
+    });
+}
+
+// The sums of one task for its channels.
+struct Partial {
+    float scale[Vec::width], shift[Vec::width], bias[Vec::width];
+};
+
+// A sum of many blocks in double; what is inside of a block is summed up in float.
+struct Total {
+    Vec block = zero();
+    double lanes[Vec::width] = {};
+
+    void end_of_block() {
+        float values[Vec::width];
+        store(values, block);
+        for (int i = 0; i < Vec::width; ++i) lanes[i] += values[i];
+        block = zero();
+    }
+    void store_to(float (&to)[Vec::width]) const {
+        for (int i = 0; i < Vec::width; ++i) to[i] = static_cast<float>(lanes[i]);
+    }
+};
+
+// The sum of the inputs that no other strip starts with.
+template <class G>
+struct OwnSum {
+    Vec& sum;
+
+    template <class I>
+    MKF_ALWAYS_INLINE void meet(I, Vec x) {
+        if constexpr (I::value >= G::before && I::value < G::before + G::block) sum = sum + x;
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void passed(I) {}
+};
+
+// Where the strip's input is dy and its output z = conv(dy, key') or, if nobody asks for the scale's gradient, dx at once.
+template <class G, class T>
+struct Gradients {
+    Plane<const T> x;  // without pixels where not needed
+    Plane<T> dx;       // without pixels where not asked for
+    const Group<G::k>& group;
+    bool of_scale, of_bias;
+    Total d_scale, d_shift, d_bias;
+
+    template <class Input>
+    MKF_ALWAYS_INLINE void column(const Input& input, Inside inside) {
+        if (!of_bias) return;
+        OwnSum<G> own{d_bias.block};
+        filter<G>(input, inside, own);
+    }
+
+    template <int N>
+    MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&windows)[N]) {
+        const Lanes lanes = group.channels.lanes;
+        if (dx.pixels) {
+            T* to = dx.at(run.row, run.column);
+            unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+                if (j >= run.count) return;
+                Vec value = sums[j];
+                if (of_scale) value = group.scale * value;
+                if (of_scale && group.has_box) value = fma(group.shift, windows[j], value);
+                store(to + j * dx.column_stride, value, lanes);
+            });
+        }
+        if (!x.pixels) return;
+        const T* from = x.at(run.row, run.column);
+        unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+            if (j >= run.count) return;
+            const Vec value = load(from + j * x.column_stride, lanes);
+            if (of_scale) d_scale.block = fma(sums[j], value, d_scale.block);
+            if (group.has_box) d_shift.block = fma(windows[j], value, d_shift.block);
+        });
+    }
+
+    void end_of_block() {
+        if (of_scale) d_scale.end_of_block();
+        if (x.pixels && group.has_box) d_shift.end_of_block();
+        if (of_bias) d_bias.end_of_block();
+    }
+};
+
+template <class G, class T, class View>
+static void backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+    using Pixel = typename View::Pixel;
+    const int rows = static_cast<int>(p.height), columns = static_cast<int>(p.width);
+    const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, rows, columns};
+    const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
+    const Tensor<const T> dy{static_cast<const T*>(tensors.dy), p.batch, p.channels, static_cast<int>(p.out_height()),
+                             static_cast<int>(p.out_width())};
+    const Tasks<G> tasks(p, rows);
+    const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
+    const bool sums_up = needs_x || tensors.d_bias;
+    const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
+    parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
+        const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
+        for (int i = 0; i < tasks.groups; ++i) {
+            fill(groups[i], p, table, nullptr, i * Vec::width, tensors.d_scale ? Weights::key : Weights::whole, true,
+                 tensors.d_shift != nullptr);
+            if (!convolves) groups[i].clear();
+        }
+        alignas(64) typename Strip<G, Pixel>::Ring ring;
+        View reading_dy, reading_x, writing;
+        for (std::int64_t i = first; i < last; ++i) {
+            const Task task = tasks[i];
+            const Group<G::k>& group = groups[task.group];
+            const int row = task.strip * G::run, end = std::min(row + G::run, rows);
+            using S = Strip<G, Pixel>;
+            const auto in =
+                reading_dy.read(dy, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
+            Gradients<G, Pixel> finish{{}, {}, group, tensors.d_scale != nullptr, tensors.d_bias != nullptr, {}, {}, {}};
+            if (needs_x) finish.x = reading_x.read(x, task.image, group.channels, row, end);
+            if (tensors.dx) finish.dx = writing.write(dx, task.image, group.channels, row, end);
+            Ahead ahead;
+            if (p.channels_last && i + tasks.groups < last) {
+                ahead.streams[0] = tasks.ahead(dy, task, G::block, G::before, dy.columns);
+                if (needs_x) ahead.streams[1] = tasks.ahead(x, task, G::run, 0, dy.columns);
+                if (tensors.dx) ahead.streams[2] = tasks.ahead(dx, task, G::run, 0, dy.columns);
+            }
+            S(in, group, row, end - row, columns, ring).run(finish, ahead);
+            if (tensors.dx) writing.written();
+            if (!sums_up) continue;
+            Partial& partial = partials[(task.image * tasks.strips + task.strip) * tasks.groups + task.group];
+            finish.d_scale.store_to(partial.scale);
+            finish.d_shift.store_to(partial.shift);
+            finish.d_bias.store_to(partial.bias);
+        }
+    });
+    if (!sums_up) return;
+    struct Sums {
+        double scale[Vec::width], shift[Vec::width], bias[Vec::width];
+    };
+    const std::unique_ptr<Sums[]> sums(new Sums[tasks.groups]());
+    for (std::int64_t i = 0; i < tasks.count; ++i) {
+        const Partial& from = partials[i];
+        Sums& to = sums[i % tasks.groups];
+        for (int lane = 0; lane < Vec::width; ++lane) {
+            to.scale[lane] += from.scale[lane];
+            to.shift[lane] += from.shift[lane];
+            to.bias[lane] += from.bias[lane];
+        }
+    }
+    for (std::int64_t c = 0; c < p.channels; ++c) {
+        const Sums& from = sums[c / Vec::width];
+        if (tensors.d_scale) tensors.d_scale[c] = static_cast<float>(from.scale[c % Vec::width]);
+        if (tensors.d_shift) tensors.d_shift[c] = static_cast<float>(from.shift[c % Vec::width]);
+        if (tensors.d_bias) tensors.d_bias[c] = static_cast<float>(from.bias[c % Vec::width]);
+    }
+}
+
+template <class G, class T, class View>
+static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+    forward<G, T, View>(p, tensors, table, threads);
+}
+template <class G, class T, class View>
+static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+    backward<G, T, View>(p, tensors, table, threads);
+}
+
+// bfloat16 is only taken in place for 7 x 7 keys: every type and size of its own is one more large piece of code.
+template <class G, class Tensors>
+static void run_geometry(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
+    const bool half = p.dtype == DType::bfloat16;
+    if (!p.channels_last && half) return run<G, BFloat16, Tile<BFloat16, false>>(p, tensors, table, threads);
+    if (!p.channels_last) return run<G, float, Tile<float, false>>(p, tensors, table, threads);
+    if (!half) return run<G, float, InPlace<float>>(p, tensors, table, threads);
+    using View = std::conditional_t<G::k == 7, InPlace<BFloat16>, Tile<BFloat16, true>>;
+    run<G, BFloat16, View>(p, tensors, table, threads);
+}
+
+template <template <int> class Geometry, class Tensors>
+static void run_size(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
+    switch (p.k) {
+        case 3: return run_geometry<Geometry<3>>(p, tensors, table, threads);
+        case 5: return run_geometry<Geometry<5>>(p, tensors, table, threads);
+        case 7: return run_geometry<Geometry<7>>(p, tensors, table, threads);
+        case 9: return run_geometry<Geometry<9>>(p, tensors, table, threads);
+        case 11: return run_geometry<Geometry<11>>(p, tensors, table, threads);
+    }
+}
+
+template <int K> using Same = Geometry<K, 1, 1>;
+template <int K> using Smaller = Geometry<K, 2, 1>;
+template <int K> using Larger = Geometry<K, 1, 2>;
+
+void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+    p.stride == 1 ? run_size<Same>(p, tensors, table, threads) : run_size<Smaller>(p, tensors, table, threads);
+}
+
+void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+    p.stride == 1 ? run_size<Same>(p, tensors, table, threads) : run_size<Larger>(p, tensors, table, threads);
+}
+
+}  // namespace mkf::MKF_ISA

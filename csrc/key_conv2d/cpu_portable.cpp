@@ -1,0 +1,2 @@
+#define MKF_ISA portable
+#include "cpu_kernel.hpp"

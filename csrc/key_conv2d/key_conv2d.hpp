@@ -1,0 +1,71 @@
+// The key convolution on raw pointers: out[n, c] = conv(x[n, c], scale[c] * key[index[c]] + shift[c]) + bias[c] with zero
+// padding of k / 2 on every side, and its gradients; kernels/key_conv2d/__init__.py has the contract.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/cpu.hpp"
+#include "../common/scalar.hpp"
+
+namespace mkf {
+
+struct KeyConv2d {
+    DType dtype;         // of x, out and their gradients
+    bool channels_last;  // their layout
+    std::int64_t batch, channels, height, width;  // of x
+    int k, stride;
+
+    // The plan: keys of k x k as sums of separable terms, a constant (box) and one single tap, or taken tap by tap.
+    int keys_count, most_terms;
+    const float* keys;              // (keys_count, k, k)
+    const bool* direct;             // (keys_count,)
+    const std::int32_t* terms;      // (keys_count,)
+    const float *columns, *rows;    // (keys_count, most_terms, k)
+    const float *box, *tap;         // (keys_count,)
+    const std::int32_t *tap_row, *tap_column;
+
+    const std::int32_t* index;      // (channels,)
+    const float *scale, *shift;     // (channels,)
+    const std::int32_t* order;      // (channels,): which channel of the tensors stands here, where they are channels-first
+
+    std::int64_t out_height() const { return (height - 1) / stride + 1; }
+    std::int64_t out_width() const { return (width - 1) / stride + 1; }
+};
+
+struct KeyConv2dForward {
+    const void* x;
+    const float* bias;  // or null
+    void* out;
+};
+
+struct KeyConv2dBackward {
+    const void *dy, *x;
+    void* dx;                           // this and the following are null where they are not asked for
+    float *d_scale, *d_shift, *d_bias;
+};
+
+// One processor: `isa` is a level that cpu_runs() accepts.
+void key_conv2d_cpu(const KeyConv2d& problem, const KeyConv2dForward& tensors, Isa isa, int threads);
+void key_conv2d_backward_cpu(const KeyConv2d& problem, const KeyConv2dBackward& tensors, Isa isa, int threads);
+
+// What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all
+// of its channels: (entries, padded) with the entries columns, rows, keys, box, tap.
+struct KeyTable {
+    const float* values;
+    int padded, count;
+    int rows, keys, box, tap;  // the first entries of each; the columns start at 0
+
+    const float* entry(int i) const { return values + static_cast<std::int64_t>(i) * padded; }
+};
+
+#define MKF_KEY_CONV2D_FOR(isa)                                                                        \
+    namespace isa {                                                                                    \
+    void key_conv2d(const KeyConv2d&, const KeyConv2dForward&, const KeyTable&, int threads);           \
+    void key_conv2d_backward(const KeyConv2d&, const KeyConv2dBackward&, const KeyTable&, int threads); \
+    }
+MKF_KEY_CONV2D_FOR(portable)
+MKF_KEY_CONV2D_FOR(avx2)
+MKF_KEY_CONV2D_FOR(avx512)
+#undef MKF_KEY_CONV2D_FOR
+
+}  // namespace mkf

@@ -1,0 +1,96 @@
+"""The key convolution in C++ (csrc/key_conv2d/cpu_kernel.hpp)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mkf.kernels import extension
+from mkf.kernels.key_conv2d import KeyPlan
+
+PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
+
+
+def why_not(device: torch.device) -> str | None:
+    """Needs the compiled extension."""
+    return extension.missing()
+
+
+def why_not_call(
+    x: Tensor, plan: KeyPlan, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> str | None:
+    """Serves float32 and bfloat16, stride 1 and 2, dilation 1 and 'same' zero padding."""
+    k = plan.keys.shape[-1]
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"float32 and bfloat16 only, not {x.dtype}"
+    if k % 2 == 0 or not 3 <= k <= 11:
+        return f"odd kernels of 3 to 11 only, not {k}"
+    if tuple(stride) not in ((1, 1), (2, 2)):
+        return f"stride 1 and 2 only, not {stride}"
+    if tuple(padding) != (k // 2, k // 2):
+        return f"padding {k // 2} only, not {padding}"
+    if tuple(dilation) != (1, 1):
+        return f"dilation 1 only, not {dilation}"
+    return None
+
+
+def _arguments(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: int) -> dict[str, Any]:
+    native = extension.native()
+    channels_last = not x.is_contiguous()
+    terms = plan.columns.shape[1]
+    return {
+        "shape": (extension.DTYPES[x.dtype], channels_last, *x.shape, plan.keys.shape[-1], stride),
+        "plan": (len(plan.keys), terms, [t.data_ptr() for t in plan[:9]]),
+        "channels": (index.data_ptr(), scale.data_ptr(), shift.data_ptr()),
+        "isa": getattr(native.Isa, extension.isa()),
+        "threads": max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD)),
+    }
+
+
+def key_conv2d(
+    x: Tensor,
+    plan: KeyPlan,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out: Tensor,
+) -> None:
+    """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does."""
+    extension.native().key_conv2d_cpu(
+        **_arguments(x, plan, index, scale, shift, stride[0]),
+        x=x.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+    )
+
+
+def key_conv2d_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    plan: KeyPlan,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    dx: Tensor | None,
+    d_scale: Tensor | None,
+    d_shift: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """See `mkf.kernels.key_conv2d`. One pass over dy and x; uses as many threads as torch does."""
+    like = dx if x is None else x
+    if like is None:  # then only d_bias is wanted, for which the stride and what x looks like do not matter
+        like, stride = dy, (1, 1)
+    addresses = {
+        name: 0 if tensor is None else tensor.data_ptr()
+        for name, tensor in (("x", x), ("dx", dx), ("d_scale", d_scale), ("d_shift", d_shift), ("d_bias", d_bias))
+    }
+    extension.native().key_conv2d_backward_cpu(
+        **_arguments(like, plan, index, scale, shift, stride[0]), dy=dy.data_ptr(), **addresses
+    )
