@@ -1,12 +1,13 @@
 """Timing that survives a noisy machine: candidates take turns, and ratios are taken turn by turn."""
 
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ class Row:
         seconds: Median time of a call.
         ratio: Median over turns of its time / the baseline's time in the same turn.
         low, high: 10th and 90th percentile of that ratio.
+        turns: Its time in every turn; not written to files.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Row:
     ratio: float
     low: float
     high: float
+    turns: list[float] = field(repr=False)
 
 
 @dataclass
@@ -46,35 +49,56 @@ class Result:
         """The row of a candidate."""
         return next(row for row in self.rows if row.name == name)
 
+    def times_faster(self, name: str, peer: str) -> float:
+        """Median over turns of the time of `peer` / the time of `name`."""
+        pairs = zip(self.row(peer).turns, self.row(name).turns, strict=True)
+        return statistics.median(theirs / own for theirs, own in pairs)
+
 
 def take_turns(
-    candidates: Mapping[str, Callable[[], object]], baseline: str, problem: dict[str, Any], rounds: int = 15
+    candidates: Mapping[str, Callable[[], object]],
+    baseline: str,
+    problem: dict[str, Any],
+    rounds: int = 15,
+    seconds_a_turn: float = 0.0,
 ) -> Result:
-    """Time every candidate once a round, for `rounds` rounds, after one call each to warm up.
+    """Time every candidate once a round, for `rounds` rounds, after two calls each to warm up.
 
     Args:
         candidates: Functions without arguments, by name.
         baseline: The one whose time the ratios divide by.
         problem: What the result should say about the problem.
         rounds: Turns. The median is over them.
+        seconds_a_turn: A candidate that is faster is called again until its turn has lasted about as long; its time is
+            the mean.
     """
-    for run in candidates.values():
+    calls = {}
+    for name, run in candidates.items():
         run()
+        calls[name] = max(1, round(seconds_a_turn / _timed(run, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_timed(run, calls[name]))
     rows = []
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds[baseline], strict=True))
-        rows.append(
-            Row(
-                name, statistics.median(own), statistics.median(ratios), ratios[rounds // 10], ratios[-1 - rounds // 10]
-            )
-        )
+        low, high = ratios[rounds // 10], ratios[-1 - rounds // 10]
+        rows.append(Row(name, statistics.median(own), statistics.median(ratios), low, high, own))
     return Result(problem, baseline, rows)
+
+
+def _timed(run: Callable[[], object], calls: int) -> float:
+    """Mean seconds of a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """The mean of ratios that does not depend on which side is the denominator."""
+    return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def environment() -> dict[str, Any]:
@@ -112,4 +136,8 @@ def _processor() -> str:
 def write(results: list[Result], path: Path) -> None:
     """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    records = [asdict(result) for result in results]
+    for record in records:
+        for row in record["rows"]:
+            del row["turns"]
+    path.write_text(json.dumps(records, indent=1) + "\n")

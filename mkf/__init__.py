@@ -9,7 +9,7 @@
 from mkf import bank, keys, nn, ops, search
 from mkf.bank import FilterBank
 from mkf.keys import KeySet
-from mkf.nn import KeyConv2d
+from mkf.nn import KeyConv2d, conversion_report, convert, restore
 from mkf.ops import AffineFit, FitStatistics, affine_fit, fit_statistics
 
 __version__ = "0.1.0"
@@ -21,9 +21,12 @@ __all__ = [
     "KeySet",
     "affine_fit",
     "bank",
+    "conversion_report",
+    "convert",
     "fit_statistics",
     "keys",
     "nn",
     "ops",
+    "restore",
     "search",
 ]

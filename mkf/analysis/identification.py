@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mkf.keys.family import KINDS, Kind, max_scale
 from mkf.ops import stream
-from mkf.ops.affine_fit import affine_fit, as_filters
+from mkf.ops.affine_fit import affine_fit
+from mkf.ops.arguments import filters_tensor
 from mkf.ops.fit_statistics import refuse_mixed_sizes
 
 Floats = NDArray[np.float32]

@@ -6,21 +6,19 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mkf.bank.extract import unshared, without_compiled
+from mkf.bank.compact import expand, is_part
+from mkf.bank.extract import is_depthwise, unshared, without_compiled
 from mkf.bank.schema import KERNEL_SIZES, Layer
 
 # Where training scripts put the weights; averaged weights first, since those are what is evaluated and published.
 ENTRIES = ("model_ema", "state_dict_ema", "params_ema", "model", "state_dict", "model_state_dict", "params")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-
-# Parts of a flattened checkpoint's names that mark an optimiser's state.
-_OPTIMISER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|max_exp_avg\w*|momentum_buffer)(\.|$)")
 
 
 class Checkpoint(NamedTuple):
@@ -43,11 +41,14 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
         tensors, licence, source = *_read_safetensors(path), path.name
     else:
         entry, tensors = _weights(_load(path), path)
+        tensors = expand(tensors)
         licence, source = "", path.name + (f", entry {entry}" if entry else "")
 
     models: dict[str, list[Layer]] = {}
     skipped = []
     for key, tensor in tensors.items():
+        if not is_depthwise(key, tensor.shape):
+            continue
         model, layer = _model_and_layer(key)
         k = tensor.shape[-1]
         if tensor.shape[-2] != k or k not in KERNEL_SIZES or not tensor.is_floating_point():
@@ -63,6 +64,29 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
     return Checkpoint({model: unshared(layers) for model, layers in models.items()}, source, licence, skipped)
 
 
+def state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, by the names that the model without wrappers gives them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, needs code to run, or holds no weights.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
+    else:
+        tensors = _weights(_load(path), path)[1]
+    return expand({_unwrapped(name): tensor for name, tensor in tensors.items()})
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     from safetensors import SafetensorError, safe_open
 
@@ -70,7 +94,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys(), key=_natural)}
-            tensors = {key: file.get_tensor(key) for key in shapes if _is_depthwise(key, shapes[key])}
+            wanted = [key for key in shapes if is_depthwise(key, shapes[key]) or is_part(key)]
+            tensors = expand({key: file.get_tensor(key) for key in wanted})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
     return tensors, metadata.get("licence", metadata.get("license", ""))
@@ -98,31 +123,28 @@ def _load(path: Path) -> Any:
 
 
 def _weights(checkpoint: Any, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """Find the state dict in a checkpoint, and in it the tensors that may be depthwise filters."""
+    """Find the state dict in a checkpoint: the name of its entry, and its tensors."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict or a checkpoint with one")
     candidates = {**{entry: checkpoint.get(entry) for entry in ENTRIES}, "": checkpoint}
     for entry, state in candidates.items():
         if isinstance(state, Mapping) and any(isinstance(value, torch.Tensor) for value in state.values()):
-            tensors = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            return entry, {key: value for key, value in tensors.items() if _is_depthwise(key, value.shape)}
+            return entry, {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     raise ValueError(
         f"no weights in {path.name}: looked for {', '.join(ENTRIES)} or a bare state dict, "
         f"found {', '.join(map(str, checkpoint)) or 'nothing'}"
     )
 
 
-def _is_depthwise(key: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor has a weight's name and the shape (C, 1, h, w) with C > 1 and a window of more than a tap."""
-    named = (key.endswith("weight") or "/" in key) and not _OPTIMISER.search(key)
-    return named and len(shape) == 4 and shape[0] > 1 and shape[1] == 1 and max(shape[2:]) > 1
-
-
 def _model_and_layer(key: str) -> tuple[str, str]:
     """Split `MODEL/LAYER`, or the name in a state dict, where the model is nameless; strip what wrappers added."""
     model, _, layer = key.rpartition("/")
-    layer = without_compiled(re.sub(r"^((module|_orig_mod)\.)+", "", layer)).removesuffix(".weight")
-    return model, layer
+    return model, _unwrapped(layer).removesuffix(".weight")
+
+
+def _unwrapped(name: str) -> str:
+    """The name without what DataParallel and torch.compile put into it."""
+    return without_compiled(re.sub(r"^((module|_orig_mod)\.)+", "", name))
 
 
 def _natural(key: str) -> list[str | int]:

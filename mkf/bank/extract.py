@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,6 +11,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from mkf.bank.schema import KERNEL_SIZES, Layer
+
+# Parts of a flattened checkpoint's names that mark an optimiser's state.
+_OPTIMISER = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|max_exp_avg\w*|momentum_buffer)(\.|$)")
 
 
 class Extraction(NamedTuple):
@@ -55,6 +59,12 @@ def depthwise_layers(model: nn.Module) -> Extraction:
             f"of odd size 3 to 11{sizes}"
         )
     return Extraction(layers, skipped)
+
+
+def is_depthwise(key: str, shape: Sequence[int]) -> bool:
+    """Whether an entry of a state dict is a depthwise weight, by its name and its shape (C, 1, h, w), C > 1."""
+    named = (key.endswith("weight") or "/" in key) and not _OPTIMISER.search(key)
+    return named and len(shape) == 4 and shape[0] > 1 and shape[1] == 1 and max(shape[2:]) > 1
 
 
 def unwrap(model: nn.Module) -> nn.Module:

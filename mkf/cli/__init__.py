@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `mkf --help` stays quick.
 
 import typer
 
-from mkf.cli import analyze, bank, bench, env, fit, identify, report, search, train
+from mkf.cli import analyze, bank, bench, convert, env, fit, identify, report, search, train
 
 app = typer.Typer(
     name="mkf",
@@ -18,7 +18,8 @@ app.add_typer(bank.app, name="bank")
 app.command("analyze")(analyze.command)
 app.command("fit")(fit.command)
 app.command("identify")(identify.command)
-app.command("report")(report.command)
 app.command("search")(search.command)
+app.command("convert")(convert.command)
+app.command("report")(report.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench")

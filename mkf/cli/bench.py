@@ -1,16 +1,11 @@
 """`mkf bench`: our operators against one read of memory and against their peers, as ratios in one run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(help="Time mkf against its peers; ratios in one run on this machine.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `bench` a group of commands."""
 
 
 @app.command("fit")
@@ -66,3 +61,125 @@ def fit(
                 for result in results
             }
             figures.save(figures.bars(panels, "times one read of the filters"), figure)
+
+
+@app.command("conv")
+def conv(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="N,C,H", help="Activations; repeatable. ConvNeXt-T's if not given.")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Keys of the layer: the beginning of the name of a case; repeatable. All if not given."),
+    ] = None,
+    backward: Annotated[bool, typer.Option(help="Forward and backward in place of forward.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 25,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Candidates whose name starts so; repeatable.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Time `KeyConv2d` against free and frozen convolutions, each in the faster of both layouts.
+
+    "of the copy" is the fraction of the speed at which the activations can be copied, which no layer can exceed.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from mkf.benchmarks import key_conv2d as suite
+    from mkf.benchmarks import measure
+    from mkf.cli._errors import user_errors
+
+    console = Console(highlight=False)
+    with user_errors():
+        shapes = [_shape(word) for word in shape] if shape else suite.SHAPES
+        cases = [name for name in suite.CASES if not case or name.startswith(tuple(case))]
+        if not cases:
+            raise ValueError(f"no case begins so; there are {', '.join(suite.CASES)}")
+        if dtype not in suite.DTYPES:
+            raise ValueError(f"--dtype {dtype}: use one of {', '.join(suite.DTYPES)}")
+        if threads:
+            torch.set_num_threads(threads)
+        results = []
+        for name in cases:
+            own = [suite.run(s, name, "backward" if backward else "forward", dtype, rounds, only) for s in shapes]
+            results += own
+            peers = [row.removesuffix(", NCHW") for row in (r.name for r in own[0].rows) if row.endswith(", NCHW")]
+            mode = "forward and backward" if backward else "forward"
+            table = Table(title=f"{name}: {mode}, {dtype}, {torch.get_num_threads()} threads", title_justify="left")
+            table.add_column("times as long as mkf")
+            for s in shapes:
+                table.add_column(", ".join(map(str, s)), justify="right")
+            table.add_column("geometric mean", justify="right")
+            if suite.MKF in peers:
+                for peer in peers:
+                    ratios = [r.times_faster(suite.fastest(r, suite.MKF), suite.fastest(r, peer)) for r in own]
+                    mean = measure.geometric_mean(ratios)
+                    table.add_row(peer, *(f"{ratio:.2f}" for ratio in ratios), f"{mean:.2f}")
+                best = [r.row(suite.fastest(r, suite.MKF)) for r in own]
+                table.add_row("mkf, ms", *(f"{row.seconds * 1e3:.3f}" for row in best), "")
+                table.add_row("mkf, of the copy", *(f"{100 / row.ratio:.0f} %" for row in best), "")
+            console.print(table)
+        if json is not None:
+            measure.write(results, json)
+
+
+@app.command("model")
+def model(
+    name: Annotated[str, typer.Argument(metavar="TIMM_NAME", help="The network; untrained weights do for a timing.")],
+    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "analytic:B",
+    order: Annotated[str, typer.Option(help="Equal keys in blocks of channels, or random.")] = "blocks",
+    inference: Annotated[bool, typer.Option(help="Inference in place of a training step.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 8,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of an image.")] = 224,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Variants whose name starts so; repeatable.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Time a whole network with keys, with its peers, and without depthwise layers, the ceiling."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from mkf.benchmarks import measure
+    from mkf.benchmarks import models as suite
+    from mkf.benchmarks.key_conv2d import fastest
+    from mkf.cli._errors import user_errors
+    from mkf.keys import parse
+
+    console = Console(highlight=False)
+    with user_errors():
+        if threads:
+            torch.set_num_threads(threads)
+        mode = "inference" if inference else "training"
+        result = suite.run(name, parse(keys), mode, batch, size, order, rounds, only)  # type: ignore[arg-type]
+        title = f"{name}, {mode}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
+        table = Table(title=title, title_justify="left")
+        table.add_column("network")
+        for word in ("ms", "images/s", "times as long as without", "of its depthwise time, mkf removes"):
+            table.add_column(word, justify="right")
+        for row in result.rows:
+            variant = row.name.rpartition(", ")[0]
+            removed = ""
+            if row.name == fastest(result, variant) and variant not in (suite.MKF, suite.NONE):
+                removed = f"{100 * suite.share_removed(result, variant):.0f} %" if _has(result, suite.MKF) else ""
+            table.add_row(
+                row.name, f"{row.seconds * 1e3:.1f}", f"{batch / row.seconds:.1f}", f"{row.ratio:.2f}", removed
+            )
+        console.print(table)
+        if json is not None:
+            measure.write([result], json)
+
+
+def _has(result: Any, name: str) -> bool:
+    return any(row.name.startswith(name) for row in result.rows)
+
+
+def _shape(word: str) -> tuple[int, int, int]:
+    parts = word.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ValueError(f"--shape {word}: give batch, channels and height, such as 8,96,56")
+    batch, channels, height = map(int, parts)
+    return batch, channels, height

@@ -15,6 +15,17 @@ def command(
     data: Annotated[Path, typer.Option(help="Folder with train-*.parquet and test-*, val-* or validation-*.parquet.")],
     out: Annotated[Path, typer.Option(help="Folder for weights and history; an interrupted run resumes from it.")],
     model_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model.")] = None,
+    weights: Annotated[str, typer.Option(help="Checkpoint to start from.")] = TrainConfig.weights,
+    keys: Annotated[
+        str, typer.Option(metavar="paper8|analytic:B|FILE", help="Keys for the depthwise layers; '' for free filters.")
+    ] = TrainConfig.keys,
+    assign: Annotated[str, typer.Option(help="Which channel gets which key: fit or uniform.")] = TrainConfig.assign,
+    key_order: Annotated[
+        str, typer.Option(help="Channels of a key in blocks, or random; not with --assign fit.")
+    ] = TrainConfig.key_order,
+    key_parameters: Annotated[
+        str, typer.Option(help="What trains beside the keys' indices: of scale,shift,bias,keys.")
+    ] = TrainConfig.key_parameters,
     image_size: Annotated[int, typer.Option(help="Side of the square input in pixels.")] = TrainConfig.image_size,
     epochs: Annotated[int, typer.Option(help="Length of the run.")] = TrainConfig.epochs,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mkf.ops import stream
-from mkf.ops.affine_fit import KERNEL_SIZES
+from mkf.ops.arguments import KERNEL_SIZES
 from mkf.ops.fit_statistics import refuse_mixed_sizes
 
 SAMPLE = 1 << 16

@@ -18,6 +18,11 @@ class TrainConfig:
     Attributes:
         model: A timm model name, or a model class of `timm.models` such as `ConvMixer`.
         model_kwargs: Passed on to the model.
+        weights: Checkpoint to start from; it must be of the same model. Empty: random weights.
+        keys: Keys of the depthwise layers, as `mkf.keys.parse` reads them; empty: ordinary free filters.
+        assign: Which channel gets which key: `fit` (the nearest to its filter, for trained weights), or `uniform`.
+        key_order: Of the channels of a key where they are not fitted, `blocks` or `random`.
+        key_parameters: What trains in a layer with keys, any of scale, shift, bias and keys, with commas between.
         data: Folder with `train-*.parquet` and `test-*`, `val-*` or `validation-*.parquet`.
         out: Folder for the results; a run that was interrupted resumes from it.
         image_size: Side of the square input in pixels.
@@ -50,6 +55,11 @@ class TrainConfig:
     data: str
     out: str
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    keys: str = ""
+    assign: str = "uniform"
+    key_order: str = "blocks"
+    key_parameters: str = "shift,bias"
     image_size: int = 32
     epochs: int = 20
     batch_size: int = 128

@@ -36,6 +36,7 @@ def train(
     config: TrainConfig,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    on_start: Callable[[float], None] | None = None,
 ) -> list[EpochRecord]:
     """Train a classifier and write the results to `config.out`.
 
@@ -48,6 +49,7 @@ def train(
         config: The run.
         on_epoch: Called after every epoch, when its checkpoint is written.
         on_step: Called after every step with the steps done and the steps of the whole run.
+        on_start: Called before the first step with the top-1 accuracy in percent.
 
     Returns:
         The history, one record an epoch.
@@ -68,6 +70,8 @@ def train(
         run.load(out / "last.pt")
     else:
         _save_weights(run.model, out / "initial.safetensors", run.metadata(epochs=0))
+        if on_start:
+            on_start(run.test()[1])
     while len(run.history) < config.epochs:
         record = run.epoch(on_step)
         _write_history(run.history, out)
@@ -130,7 +134,7 @@ class _Run:
         start = time.perf_counter()
         train_loss = self._train(number, on_step)
         seconds = time.perf_counter() - start
-        test_loss, top1 = self._test()
+        test_loss, top1 = self.test()
         record = EpochRecord(
             epoch=number + 1,
             lr=self.optimizer.param_groups[0]["lr"],
@@ -171,7 +175,7 @@ class _Run:
         return mean
 
     @torch.inference_mode()
-    def _test(self) -> tuple[float, float]:
+    def test(self) -> tuple[float, float]:
         """Return the mean cross-entropy and the top-1 accuracy in percent on the test split."""
         model = self.tested.eval()
         loss, correct, count = 0.0, 0, 0
@@ -224,6 +228,7 @@ class _Run:
         return {
             "model": self.config.model,
             "model_kwargs": json.dumps(dict(self.config.model_kwargs, num_classes=self.classes)),
+            "keys": self.config.keys,
             "image_size": str(self.config.image_size),
             "data_set": self.config.data_set,
             "epochs": str(epochs),

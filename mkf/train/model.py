@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mkf.bank.checkpoint import state_dict
+from mkf.keys import parse
+from mkf.nn import convert
 from mkf.train.config import TrainConfig
 
 
@@ -33,10 +36,15 @@ def find_model(name: str) -> Callable[..., nn.Module]:
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Return the untrained model of a configuration; its weights follow torch's seed.
+    """Return the model of a configuration as its training starts.
+
+    Its weights are random, following torch's seed, or those of `config.weights`; its depthwise layers have keys if
+    `config.keys` names some.
 
     Raises:
-        ValueError: timm has no such model, or the model does not take the arguments or the image size.
+        ValueError: timm has no such model, the model does not take the arguments, the image size or the weights, or no
+            layer can have the keys.
+        FileNotFoundError: There is no such file of weights.
     """
     create = find_model(config.model)
     kwargs = dict(config.model_kwargs, num_classes=num_classes)
@@ -49,6 +57,17 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     except Exception as error:  # what timm's classes raise for arguments they cannot use differs from class to class
         size = f"{config.image_size}x{config.image_size} images"
         raise ValueError(f"{config.model} does not work with {kwargs} and {size}: {error}") from error
+    if config.weights:
+        _load(model, config.weights)
+    if config.keys:
+        convert(
+            model,
+            parse(config.keys),
+            assign=config.assign,
+            order=config.key_order,  # type: ignore[arg-type]
+            seed=config.seed,
+            train=[part.strip() for part in config.key_parameters.split(",") if part.strip()],
+        )
     return model.train()
 
 
@@ -60,7 +79,6 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
         ValueError: Another file of weights.
     """
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
@@ -73,5 +91,12 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
     size = int(metadata["image_size"])
     config = TrainConfig(model=metadata["model"], model_kwargs=kwargs, data="", out="", image_size=size)
     model = build_model(config, classes)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(state_dict(path))
     return model.eval(), metadata
+
+
+def _load(model: nn.Module, path: str) -> None:
+    try:
+        model.load_state_dict(state_dict(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error

@@ -91,7 +91,7 @@ def test_saved_weights_load_into_the_model_and_give_the_accuracy(colours: Path) 
     model.load_state_dict(load_file(Path(run.out) / "model.safetensors"))
     state = mkf.train.engine._Run(run)
     state.ema.module.load_state_dict(model.state_dict())
-    assert state._test() == pytest.approx((history[-1].test_loss, history[-1].top1), rel=1e-6)
+    assert state.test() == pytest.approx((history[-1].test_loss, history[-1].top1), rel=1e-6)
 
 
 def test_it_learns(colours: Path) -> None:

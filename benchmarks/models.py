@@ -1,0 +1,127 @@
+"""Whole networks: what their depthwise layers cost, and how much of that keys take away.
+
+No depthwise layer can make a network faster than the same network without any, so that is timed in the same turns:
+
+    share removed = (time of a peer - time with keys) / (time of that peer - time without depthwise layers).
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mkf.bank.hub import create
+from mkf.benchmarks.key_conv2d import LAYOUTS, fastest
+from mkf.benchmarks.measure import Result, take_turns
+from mkf.keys import KeySet
+from mkf.nn import convert
+
+Mode = Literal["inference", "training"]
+MKF = "mkf"
+NONE = "without depthwise layers"
+FROZEN = "nn.Conv2d, weights frozen"
+BIAS_ADDED = "F.conv2d + bias, weights frozen"
+FREE = "nn.Conv2d"
+
+
+class BiasAdded(nn.Module):
+    """A frozen depthwise convolution without its bias, which is added: the skilled formulation."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
+        self.bias = nn.Parameter(bias.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution, then the bias."""
+        conv = self.conv
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups) + self.bias
+
+
+class Subsample(nn.Module):
+    """What is left of a depthwise layer without its filters: its stride."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every `stride`-th row and column."""
+        return x if self.stride == (1, 1) else x[..., :: self.stride[0], :: self.stride[1]]
+
+
+def variants(model: nn.Module, keys: KeySet, order: str = "blocks") -> dict[str, nn.Module]:
+    """A network with keys and beside it the same with its peers, all with keys' filters, by name."""
+    with_keys = convert(deepcopy(model), keys, assign="uniform", order=order)  # type: ignore[arg-type]
+    frozen, added, none = (deepcopy(model) for _ in range(3))
+    for name, layer in list(with_keys.named_modules()):
+        if hasattr(layer, "to_conv2d"):
+            for peer, make in ((frozen, nn.Identity), (added, BiasAdded), (none, Subsample)):
+                conv = layer.to_conv2d()
+                conv.weight.requires_grad_(False)
+                peer.set_submodule(name, conv if peer is frozen else make(conv))
+    return {MKF: with_keys, FROZEN: frozen, BIAS_ADDED: added, NONE: none, FREE: model}
+
+
+def run(
+    name: str,
+    keys: KeySet,
+    mode: Mode = "training",
+    batch: int = 8,
+    size: int = 224,
+    order: str = "blocks",
+    rounds: int = 5,
+    names: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Result:
+    """Time a step of a timm model in all its variants and both layouts, in turns, relative to `NONE`.
+
+    A step is one pass without gradients, or forward, cross-entropy, backward and AdamW.
+    """
+    torch.manual_seed(0)
+    model = create(name, pretrained=False).model.to(dtype)
+    images, labels = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(0, 10, (batch,))
+    wanted = None if names is None else (NONE, *names)
+    found: dict[str, Callable[[], object]] = {}
+    for variant, made in variants(model, keys, order).items():
+        for layout, memory_format in LAYOUTS.items():
+            if wanted is None or variant.startswith(wanted):
+                network = deepcopy(made).to(memory_format=memory_format)
+                x = images.contiguous(memory_format=memory_format)
+                found[f"{variant}, {layout}"] = _step(network, x, labels, mode)
+    what: dict[str, Any] = {"model": name, "mode": mode, "batch": batch, "size": size, "order": order}
+    what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
+    return take_turns(found, f"{NONE}, channels-last", what, rounds)
+
+
+def share_removed(result: Result, peer: str, name: str = MKF) -> float:
+    """Median over turns of the part of the peer's depthwise time that is gone, each in its fastest layout."""
+    peers, own, none = (result.row(fastest(result, variant)).turns for variant in (peer, name, NONE))
+    return statistics.median((p - o) / (p - n) for p, o, n in zip(peers, own, none, strict=True))
+
+
+def _step(network: nn.Module, images: Tensor, labels: Tensor, mode: Mode) -> Callable[[], object]:
+    if mode == "inference":
+        network.eval()
+
+        def infer() -> object:
+            with torch.inference_mode():
+                return network(images)
+
+        return infer
+    network.train()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> object:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step

@@ -1,0 +1,77 @@
+"""State dicts that hold depthwise filters as what they are: a key's index, a scale and a shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from mkf.bank.extract import is_depthwise
+from mkf.ops import AffineFit, affine_fit
+
+if TYPE_CHECKING:
+    from mkf.keys import KeySet
+
+KEYS = "mkf.keys"  # the entry with the keys that all layers share
+PARTS = ("keys", "index", "scale", "shift")  # of a layer's filters, as KeyConv2d names its state
+
+
+def compact(state: Mapping[str, torch.Tensor], keys: KeySet) -> tuple[dict[str, torch.Tensor], dict[str, AffineFit]]:
+    """Fit the depthwise filters of a state dict to keys and keep the fit in their place.
+
+    The weight of a layer L, (C, 1, k, k) with k that of the keys, becomes `L.index` (uint8), `L.scale` and `L.shift`
+    (float32), C of each: 9 bytes a filter in place of 196 for 7x7 float32. The keys are kept once, as `mkf.keys`.
+    Everything else stays as it is.
+
+    Args:
+        state: A state dict.
+        keys: The keys.
+
+    Returns:
+        The compact state dict, and the fit of every layer.
+
+    Raises:
+        ValueError: There is no depthwise weight of that size, or one holds NaN or Inf.
+    """
+    k = keys.kernel_size
+    out: dict[str, torch.Tensor] = {}
+    fits: dict[str, AffineFit] = {}
+    for name, tensor in state.items():
+        if not (is_depthwise(name, tensor.shape) and tensor.shape[2:] == (k, k) and tensor.is_floating_point()):
+            out[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        fit = fits[layer] = affine_fit(tensor[:, 0].float(), keys)
+        if bad := int((fit.index < 0).sum()):
+            raise ValueError(f"{name} holds {bad} filters with NaN or Inf: no key fits them")
+        out |= {f"{layer}.index": fit.index.to(torch.uint8), f"{layer}.scale": fit.scale, f"{layer}.shift": fit.shift}
+    if not fits:
+        raise ValueError(f"there is no depthwise weight (C, 1, {k}, {k}) with C > 1 to convert")
+    return out | {KEYS: keys.filters}, fits
+
+
+def is_part(name: str) -> bool:
+    """Whether `expand` looks at an entry of this name."""
+    return name == KEYS or name.rpartition(".")[2] in PARTS
+
+
+def expand(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The ordinary state dict of one from `compact`, or of a model with `KeyConv2d` layers.
+
+    The filters of a layer are written out as its weight, (C, 1, k, k) float32:
+    `weight = scale * keys[index] + shift`, with the keys of the layer or those all layers share.
+
+    Raises:
+        ValueError: A layer has no keys, or an index beyond them.
+    """
+    out = {name: tensor for name, tensor in state.items() if name != KEYS}
+    layers = [name.removesuffix(".index") for name in state if name.endswith(".index")]
+    for layer in (layer for layer in layers if f"{layer}.scale" in state and f"{layer}.shift" in state):
+        index, scale, shift = (out.pop(f"{layer}.{part}") for part in ("index", "scale", "shift"))
+        keys = out.pop(f"{layer}.keys", state.get(KEYS))
+        if keys is None or int(index.max()) >= len(keys):
+            raise ValueError(f"the layer {layer} has " + ("no keys" if keys is None else "an index beyond its keys"))
+        filters = scale.view(-1, 1, 1) * keys[index.long()] + shift.view(-1, 1, 1)
+        out[f"{layer}.weight"] = filters[:, None]
+    return out

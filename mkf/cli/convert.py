@@ -1,0 +1,169 @@
+"""`mkf convert`: the network with keys in place of its depthwise filters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mkf.cli._errors import user_errors
+
+if TYPE_CHECKING:
+    from mkf.ops import AffineFit
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="TIMM_NAME|CHECKPOINT", help="The network.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
+    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    compact: Annotated[
+        bool, typer.Option(help="Store each filter as index, scale and shift; mkf reads such a file, timm does not.")
+    ] = False,
+    pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of a timm model.")] = True,
+    finetune: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="Then train on this Parquet image folder to win back accuracy."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --finetune: timm name of the network; runs of mkf train know their own."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="With --finetune: length of the training.")] = 5,
+    lr: Annotated[float, typer.Option(help="With --finetune: peak learning rate of AdamW.")] = 2e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --finetune: images a step.")] = 128,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="With --finetune: side of the square input in pixels.")
+    ] = None,
+) -> None:
+    """Replace every depthwise filter by its nearest key, scaled and shifted, and write the network as a state dict.
+
+    The file loads wherever the original did, unless it is --compact.
+    """
+    with user_errors():
+        from rich.console import Console
+
+        from mkf.bank.compact import compact as to_compact
+        from mkf.bank.compact import expand
+        from mkf.keys import parse
+
+        console = Console(highlight=False)
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
+        if finetune is None and (model is not None or image_size is not None):
+            raise ValueError("--model and --image-size go with --finetune")
+        key_set = parse(keys)
+        state = _weights(source, pretrained)
+        small, fits = to_compact(state, key_set)
+        _print_layers(fits, len(key_set), console)
+        if finetune is not None:
+            run = out.with_suffix(".finetuned")
+            _finetune(source, pretrained, keys, finetune, run, model, epochs, lr, batch_size, image_size, console)
+            small, _ = to_compact(expand(_weights(str(run / "model.safetensors"), False)), key_set)
+        written = small if compact else expand(small)
+        _save(written, out, {"format": "pt", "keys": keys})
+        whole, stored, parts = _bytes(state), _bytes(small), _bytes({name: state[f"{name}.weight"] for name in fits})
+        console.print(
+            f"{sum(len(fit.index) for fit in fits.values())} filters in {len(fits)} layers: {parts:,} bytes, "
+            f"{stored - (whole - parts):,} as index, scale, shift and keys; the whole network {whole:,} and {stored:,}."
+        )
+        console.print(f"Written to {out}: {out.stat().st_size:,} bytes", soft_wrap=True)
+
+
+def _weights(source: str, pretrained: bool) -> dict[str, Any]:
+    """The state dict of a checkpoint file or of a model of timm, with keys written out as filters."""
+    from mkf.bank.checkpoint import SUFFIXES, state_dict
+    from mkf.bank.hub import create
+
+    if Path(source).expanduser().exists() or source.endswith(SUFFIXES):
+        return state_dict(source)
+    return dict(create(source, pretrained).model.state_dict())
+
+
+def _print_layers(fits: dict[str, AffineFit], keys: int, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title="Filters as keys", title_justify="left", box=None)
+    table.add_column("layer")
+    for name in ("filters", "keys", "residual", "worst"):
+        table.add_column(name, justify="right")
+    for name, fit in fits.items():
+        live = fit.residual[(fit.scale != 0) | (fit.residual != 0)]
+        mean, worst = (f"{live.mean():.3f}", f"{live.max():.3f}") if len(live) else ("-", "-")
+        table.add_row(name, str(len(fit.index)), f"{len(fit.index.unique())} of {keys}", mean, worst)
+    console.print(table, "")
+
+
+def _finetune(
+    source: str,
+    pretrained: bool,
+    keys: str,
+    data: Path,
+    run: Path,
+    model: str | None,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    image_size: int | None,
+    console: Any,
+) -> None:
+    """Train the converted network; the folder `run` then holds what `mkf train` writes."""
+    import json
+
+    from safetensors import safe_open
+
+    from mkf.train import TrainConfig, train
+
+    told: dict[str, Any] = {"model_kwargs": {}}
+    path = Path(source).expanduser()
+    if not path.exists():
+        told |= {"model": source, "model_kwargs": {"pretrained": True} if pretrained else {}}
+    elif model is not None:
+        told |= {"model": model, "weights": str(path)}
+    else:
+        metadata: dict[str, str] = {}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        if "model_kwargs" not in metadata:
+            raise ValueError(f"{source} does not say which network it is: name it with --model")
+        kwargs = json.loads(metadata["model_kwargs"])
+        kwargs.pop("num_classes")
+        told |= {"model": metadata["model"], "model_kwargs": kwargs, "weights": str(path)}
+        image_size = image_size or int(metadata["image_size"])
+    config = TrainConfig(
+        **told,
+        data=str(data),
+        out=str(run),
+        keys=keys,
+        assign="fit",
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        warmup_epochs=0,
+        image_size=image_size or 224,
+    )
+    train(
+        config,
+        on_start=lambda top1: console.print(f"before the training  top-1 {top1:.2f} %"),
+        on_epoch=lambda r: console.print(f"epoch {r.epoch}/{epochs}  loss {r.test_loss:.4f}  top-1 {r.top1:.2f} %"),
+    )
+
+
+def _save(state: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
+    """Write beside the place and move there, so that no half file is left."""
+    import os
+
+    import torch
+    from safetensors.torch import save_file
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    # Copies, because a state dict may hold one tensor under two names, which the format refuses.
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(copies, partial, metadata)
+    os.replace(partial, out)
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

@@ -1,0 +1,237 @@
+"""Put keys into a network in place of its depthwise filters, and take them out again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from mkf.keys import KeySet
+from mkf.nn.assign import Order
+from mkf.nn.conversion_report import ConversionReport, LayerReport
+from mkf.nn.key_conv2d import KeyConv2d
+
+Layer = TypeVar("Layer", bound=nn.Module)
+FilterFn = Callable[[nn.Module, str], bool]
+
+_RECORD = "_mkf_conversion"  # where a converted model keeps its report, which is pickled and copied with it
+_TURNS = 3  # timings of a layer or a model, of which the fastest counts
+
+
+def convert(
+    model: nn.Module,
+    keys: KeySet,
+    filter_fn: FilterFn | None = None,
+    *,
+    assign: str | Sequence[float] = "fit",
+    order: Order = "blocks",
+    seed: int = 0,
+    train: Iterable[str] = ("shift", "bias"),
+    tolerance: float = 0.0,
+    batch: Any = None,
+) -> nn.Module:
+    """Replace the depthwise convolutions of a model by `KeyConv2d` layers, in place.
+
+    With `assign="fit"` every filter becomes its nearest key, scaled and shifted (`affine_fit`), and the network
+    computes nearly what it did. What this costs in accuracy, training wins back: replacing the filters of a trained
+    ConvNeXtV2-Tiny took it from 83.0 to 76.7 % (table 1 of "The Quest for Universal Master Key Filters in DS-CNNs").
+    Any other `assign` gives new layers to train from scratch, whatever the old filters were.
+
+    Replaced is every `nn.Conv2d`, and timm's `Conv2dSame` where it pads evenly, that has one filter per channel, of the
+    size of the keys, and is neither parametrised nor hooked. `conversion_report(model)` tells which were left alone and
+    why. Where the model has filters of several sizes, call this again with keys of each. Convert before the model is
+    compiled, wrapped or given to an optimiser.
+
+    Args:
+        model: Changed in place, unless it is itself a depthwise convolution: then only what is returned has keys.
+        keys: The keys.
+        filter_fn: Called with each depthwise convolution and its name; where it is False, the layer is left alone.
+        assign: "fit", or as `KeyConv2d` takes it: "uniform", or K proportions.
+        order: Of the keys over the channels where they are not fitted: "blocks", which rotate from layer to layer so
+            that a residual channel does not always meet the same key, or "random".
+        seed: Of the random order.
+        train: What trains in the new layers: any of "scale", "shift", "bias" and "keys".
+        tolerance: Relative error allowed in a key where it makes it cheaper, see `KeySet.plan`.
+        batch: One input of the model, or a tuple of its arguments. The model runs on it, in evaluation mode, and the
+            report then has the error of each layer's output, its share of the time and the network's speed-up.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: No layer can be replaced; the message tells why. The model is as it was.
+        TypeError: `model` is no module, or one that is compiled or wrapped.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch module, not a {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(f"convert the model before it becomes a {type(model).__name__}")
+    # Wrong options are told here, and not as the reason why each layer is left alone.
+    options: dict[str, Any] = {"order": order, "train": train, "tolerance": tolerance}
+    KeyConv2d(1, keys.kernel_size, keys, assign="uniform" if assign == "fit" else assign, **options, device="meta")
+
+    generator = torch.Generator().manual_seed(seed)
+    new: dict[str, KeyConv2d] = {}
+    reports: dict[str, LayerReport] = {}
+    for name, conv in _layers(model, nn.Conv2d):
+        if not conv.groups == conv.in_channels > 1:
+            continue
+        report = reports[name] = LayerReport(name, conv.out_channels, (conv.kernel_size[0], conv.kernel_size[1]))
+        report.reason = _why_not(name, conv, filter_fn)
+        if report.reason is not None:
+            continue
+        try:
+            layer = KeyConv2d.from_conv2d(
+                _plain(conv), keys, assign=assign, rotation=len(new), generator=generator, **options
+            )
+        except (TypeError, ValueError) as error:
+            report.reason = str(error)
+            continue
+        new[name] = layer
+        report.keys_used = len(layer.index.unique())
+        if layer.residual is not None and (live := layer.residual[(layer.scale != 0).cpu()]).numel():
+            report.residual, report.worst_residual = live.mean().item(), live.max().item()
+    if not new:
+        reasons = "; ".join(f"{name or 'the model'}: {report.reason}" for name, report in reports.items())
+        raise ValueError(f"no layer can have these keys: {reasons or 'the model has no depthwise convolution'}")
+    seconds = None if batch is None else _measure(model, new, reports, batch if isinstance(batch, tuple) else (batch,))
+    earlier = getattr(model, _RECORD, ConversionReport())
+    model = _replaced(model, new)
+    kept = [report for report in earlier.layers if report.name not in reports]
+    setattr(model, _RECORD, ConversionReport([*kept, *reports.values()], seconds))
+    return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What `convert` did to a model.
+
+    Raises:
+        ValueError: The model was not converted, or only a part of it was: ask that part.
+    """
+    report = getattr(model, _RECORD, None)
+    if not isinstance(report, ConversionReport):
+        raise ValueError(f"this {type(model).__name__} has no report: it is not what mkf.convert returned")
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Replace the `KeyConv2d` layers of a model by `nn.Conv2d` layers with the same filters, in place.
+
+    Args:
+        model: A converted model; changed in place, unless it is itself a `KeyConv2d`.
+
+    Returns:
+        The model, an ordinary network again, whose state dict loads where the original's did.
+    """
+    model = _replaced(model, {name: layer.to_conv2d() for name, layer in _layers(model, KeyConv2d)})
+    if hasattr(model, _RECORD):
+        delattr(model, _RECORD)
+    return model
+
+
+def _layers(model: nn.Module, kind: type[Layer]) -> list[tuple[str, Layer]]:
+    """The modules of a kind, by the first of their names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _why_not(name: str, conv: nn.Conv2d, filter_fn: FilterFn | None) -> str | None:
+    """Why a depthwise convolution is left alone, or None; `KeyConv2d.from_conv2d` knows more reasons."""
+    if filter_fn is not None and not filter_fn(conv, name):
+        return "left out by filter_fn"
+    if is_parametrized(conv):
+        return "its weight is parametrised, computed anew at every step"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "it has hooks, which would be lost"
+    return None
+
+
+def _plain(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution itself, or the equal nn.Conv2d of timm's Conv2dSame where that pads equally on both sides."""
+    if type(conv).__name__ != "Conv2dSame":
+        return conv
+    if conv.stride != (1, 1) or any(k % 2 == 0 for k in conv.kernel_size):
+        raise ValueError(f"a Conv2dSame of stride {conv.stride} pads one side more than the other")
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        padding="same",
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain.train(conv.training)
+
+
+def _replaced(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
+    """The model with layers exchanged, under every name by which it holds them."""
+    by_layer = {id(model.get_submodule(name)): layer for name, layer in new.items()}
+    for name, layer in new.items():
+        layer.train(model.get_submodule(name).training)
+    if id(model) in by_layer:
+        return by_layer[id(model)]
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in by_layer:
+                setattr(module, name, by_layer[id(child)])
+    return model
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, new: Mapping[str, KeyConv2d], reports: Mapping[str, LayerReport], arguments: tuple[Any, ...]
+) -> float:
+    """Run the model on a batch, compare and time each layer with what takes its place, and return the model's time.
+
+    A layer and its replacement see the same input, that of the original network: errors do not add up over layers.
+    """
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(conv: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            report = reports[name]
+            if report.output_error is not None:  # a layer may run more than once; the first run is compared
+                return
+            x, layer = inputs[0], new[name].to(inputs[0].device).eval()
+            report.output_error = float((layer(x) - y).norm() / y.norm())
+            report.seconds = _seconds(lambda: conv.forward(x), x.device)
+            report.seconds_with_keys = _seconds(lambda: layer(x), x.device)
+
+        return hook
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in new]
+    try:
+        model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
+    seconds = _seconds(lambda: model(*arguments), device)
+    for module, training in modes:
+        module.training = training
+    return seconds
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few calls after one to warm up."""
+    run()
+    times = []
+    for _ in range(_TURNS):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

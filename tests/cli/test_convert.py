@@ -1,0 +1,113 @@
+"""`mkf convert`, from checkpoints and from names."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import mkf
+from mkf.bank.compact import KEYS, compact, expand
+from mkf.cli import app
+
+TINY = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1)}
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["convert", *map(str, words)])
+    return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("convert") / "net.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("convnext_atto", num_classes=5, **TINY).state_dict(), path)
+    return path
+
+
+def test_checkpoint_to_an_ordinary_one(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "keys.safetensors"
+    code, stdout, stderr = run(checkpoint, "--out", out)
+    assert code == 0, stderr
+    assert "104 filters in 5 layers: 20,384 bytes" in stdout
+    model = timm.create_model("convnext_atto", num_classes=5, **TINY)
+    before, after = load_file(checkpoint), load_file(out)
+    model.load_state_dict(after)
+    for name, tensor in before.items():
+        if "conv_dw.weight" not in name:
+            assert torch.equal(after[name], tensor), name
+            continue
+        fit = mkf.affine_fit(after[name][:, 0], mkf.keys.paper8())
+        assert fit.residual.max() < 1e-4
+        assert torch.equal(fit.index, mkf.affine_fit(tensor[:, 0], mkf.keys.paper8()).index)
+
+
+def test_compact_is_smaller_and_read_by_mkf(checkpoint: Path, tmp_path: Path) -> None:
+    ordinary, small = tmp_path / "ordinary.safetensors", tmp_path / "small.safetensors"
+    assert run(checkpoint, "--out", ordinary)[0] == 0
+    assert run(checkpoint, "--out", small, "--compact", "--keys", "paper8")[0] == 0
+    assert small.stat().st_size < ordinary.stat().st_size - 10_000
+    stored = load_file(small)
+    assert stored["stages.0.blocks.0.conv_dw.index"].dtype == torch.uint8
+    assert stored[KEYS].shape == (8, 7, 7)
+    theirs, ours = (mkf.FilterBank.from_checkpoint(path) for path in (ordinary, small))
+    assert torch.equal(theirs.filters, ours.filters)
+    assert theirs.metadata["layer"].to_pylist() == ours.metadata["layer"].to_pylist()
+
+
+def test_name_of_timm(tmp_path: Path) -> None:
+    out = tmp_path / "pico.safetensors"
+    code, stdout, stderr = run("convnextv2_atto", "--no-pretrained", "--out", out, "--keys", "analytic:B")
+    assert code == 0, stderr
+    assert "stages.2.blocks.5.conv_dw" in stdout
+    timm.create_model("convnextv2_atto").load_state_dict(load_file(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.pth", "--out", "a.safetensors"], "no checkpoint"),
+        (["convnext_ato", "--out", "a.safetensors", "--no-pretrained"], "did you mean"),
+        (["resnet18", "--out", "a.safetensors", "--no-pretrained"], "no depthwise weight"),
+        (["convnext_atto", "--out", "a.pth", "--no-pretrained"], "safetensors"),
+        (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--keys", "paper9"], "no keys called"),
+        (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--model", "x"], "go with --finetune"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = run(*words)
+    assert code == 1
+    assert message in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_compact_round_trip_and_its_errors() -> None:
+    keys = mkf.keys.paper8()
+    filters = torch.randn(6, 1, 7, 7)
+    state = {"a.weight": filters, "a.bias": torch.zeros(6), "b.weight": torch.randn(4, 4)}
+    small, fits = compact(state, keys)
+    again = expand(small)
+    assert set(again) == set(state)
+    fit = fits["a"]
+    expected = fit.scale[:, None, None] * keys.filters[fit.index.long()] + fit.shift[:, None, None]
+    assert torch.equal(again["a.weight"][:, 0], expected)
+    assert expand(again) == again
+    filters[2, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match="weight holds 1"):
+        compact(state, keys)
+    with pytest.raises(ValueError, match="has no keys"):
+        expand({name: tensor for name, tensor in small.items() if name != KEYS})
+    with pytest.raises(ValueError, match="beyond its keys"):
+        expand(small | {KEYS: keys.filters[:1]})
+
+
+def test_state_of_a_converted_model_is_read_too(tmp_path: Path) -> None:
+    model = mkf.convert(timm.create_model("convnext_atto", num_classes=5, **TINY), mkf.keys.paper8())
+    save_file(model.state_dict(), tmp_path / "keyed.safetensors")
+    bank = mkf.FilterBank.from_checkpoint(tmp_path / "keyed.safetensors")
+    assert len(bank) == 104
+    mkf.restore(model).load_state_dict(expand(load_file(tmp_path / "keyed.safetensors")))

@@ -1,0 +1,248 @@
+"""Networks that get keys and give them back."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import mkf
+from mkf.nn import conversion_report, convert, restore
+
+TINY = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5}
+
+
+def tiny() -> nn.Module:
+    """A small ConvNeXt with filters of ordinary size: timm's are initialised near zero."""
+    torch.manual_seed(0)
+    model = timm.create_model("convnext_atto", **TINY)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            nn.init.normal_(layer.weight)
+        if hasattr(layer, "gamma"):
+            nn.init.ones_(layer.gamma)
+    return model.eval()
+
+
+def images(size: int = 64) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def own_keys(model: nn.Module) -> tuple[nn.Module, mkf.KeySet]:
+    """A model whose filters are scaled and shifted copies of eight, and those eight."""
+    generator = torch.Generator().manual_seed(2)
+    keys = mkf.KeySet(torch.randn(8, 7, 7, generator=generator))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            index = torch.randint(8, (layer.groups,), generator=generator)
+            scale, shift = torch.randn(2, layer.groups, 1, 1, generator=generator)
+            layer.weight.data = (scale * keys.filters[index] + shift)[:, None]
+    return model, keys
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(images())
+
+
+def test_a_network_whose_filters_are_the_keys_computes_what_it_did() -> None:
+    model, keys = own_keys(tiny())
+    exact = logits(model)
+    converted = convert(copy.deepcopy(model), keys)
+    assert sum(isinstance(layer, mkf.KeyConv2d) for layer in converted.modules()) == 5
+    torch.testing.assert_close(logits(converted), exact, rtol=1e-4, atol=1e-5)
+    assert conversion_report(converted).layers[0].residual < 1e-5
+
+
+def test_restored_is_an_ordinary_network_with_the_same_output_and_state() -> None:
+    model = tiny()
+    names = list(model.state_dict())
+    converted = convert(model, mkf.keys.paper8())
+    assert converted is model
+    before = logits(converted)
+    restored = restore(converted)
+    assert restored is model
+    assert not any(isinstance(layer, mkf.KeyConv2d) for layer in restored.modules())
+    assert list(restored.state_dict()) == names
+    torch.testing.assert_close(logits(restored), before, rtol=1e-4, atol=1e-5)
+    timm.create_model("convnext_atto", **TINY).load_state_dict(restored.state_dict())
+    with pytest.raises(ValueError, match="no report"):
+        conversion_report(restored)
+
+
+def test_filters_are_those_of_the_affine_fit() -> None:
+    model, keys = tiny(), mkf.keys.paper8()
+    conv = model.stages[2].blocks[1].conv_dw
+    fit = mkf.affine_fit(conv.weight.detach()[:, 0], keys)
+    layer = convert(model, keys).stages[2].blocks[1].conv_dw
+    expected = fit.scale[:, None, None] * keys.filters[fit.index.long()] + fit.shift[:, None, None]
+    torch.testing.assert_close(layer.weight[:, 0], expected)
+    report = next(r for r in conversion_report(model).layers if r.name == "stages.2.blocks.1.conv_dw")
+    assert report.filters == 24
+    assert report.residual == pytest.approx(fit.residual.mean().item(), rel=1e-5)
+    assert report.worst_residual == pytest.approx(fit.residual.max().item(), rel=1e-5)
+    assert report.keys_used == len(fit.index.unique())
+
+
+def test_report_of_a_batch() -> None:
+    model = tiny().train()
+    model.stages[0].blocks[0].conv_dw.eval()
+    reference = copy.deepcopy(model).eval()
+    seen = {}
+    name = "stages.1.blocks.0.conv_dw"
+    layer = reference.get_submodule(name)
+    layer.register_forward_hook(lambda _, x, y: seen.update(x=x[0].double(), y=y.double()))
+    reference(images())
+    convert(model, mkf.keys.paper8(), batch=images())
+    report = conversion_report(model)
+    keyed = model.get_submodule(name)
+    weight = keyed.weight.double()
+    y = nn.functional.conv2d(seen["x"], weight, keyed.bias.double(), padding=3, groups=keyed.groups)
+    error = ((y - seen["y"]).norm() / seen["y"].norm()).item()
+    row = next(r for r in report.layers if r.name == name)
+    assert row.output_error == pytest.approx(error, rel=1e-3)
+    assert 0 < report.share < 1
+    saved = sum(r.seconds - r.seconds_with_keys for r in report.layers)
+    assert report.expected_speed_up == pytest.approx(report.seconds / (report.seconds - saved))
+    assert model.training
+    assert not model.stages[0].blocks[0].conv_dw.training
+    assert not any(module._forward_hooks for module in model.modules())
+    text = str(report)
+    assert name in text
+    assert "5 of 5 depthwise layers" in text
+    assert "times as fast" in text
+
+
+class Odd(nn.Module):
+    """One layer of every kind that is left alone, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fits = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.again = self.fits
+        self.small = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        self.twice = nn.Conv2d(4, 8, 7, padding=3, groups=4)
+        self.reflects = nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="reflect")
+        self.normed = parametrizations.weight_norm(nn.Conv2d(4, 4, 7, padding=3, groups=4))
+        self.hooked = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.hooked.register_forward_hook(lambda *_: None)
+        self.own = type("Own", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 4, 7, groups=4)
+        self.same = timm.layers.Conv2dSame(4, 4, 7, groups=4)
+        self.uneven = timm.layers.Conv2dSame(4, 4, 7, stride=2, groups=4)
+        self.kept = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.dense = nn.Conv2d(4, 4, 7)
+
+
+def test_what_is_left_alone_and_why() -> None:
+    model = Odd()
+    x = torch.randn(1, 4, 9, 9)
+    convert(model, mkf.keys.paper8(), lambda _, name: name != "kept")
+    reasons = {report.name: report.reason for report in conversion_report(model).layers}
+    assert {name for name, reason in reasons.items() if reason is None} == {"fits", "same"}
+    assert model.again is model.fits
+    for name, word in {
+        "small": "5x5",
+        "twice": "8 out",
+        "reflects": "reflect",
+        "normed": "parametrised",
+        "hooked": "hooks",
+        "own": "Own",
+        "uneven": "one side",
+        "kept": "filter_fn",
+    }.items():
+        assert word in reasons[name], name
+    assert "dense" not in reasons
+    assert model.same(x).shape == (1, 4, 9, 9)
+    assert len(conversion_report(model).skipped) == 8
+    assert "left alone" in str(conversion_report(model))
+
+
+def test_conv2d_same_computes_the_same() -> None:
+    conv, keys = own_keys(nn.Sequential(timm.layers.Conv2dSame(8, 8, 7, groups=8)))
+    x = torch.randn(2, 8, 11, 6)
+    expected = conv(x)
+    torch.testing.assert_close(convert(conv, keys)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_sizes_in_two_calls() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    convert(model, mkf.keys.paper8())
+    convert(model, mkf.keys.analytic("B", 3))
+    report = conversion_report(model)
+    assert [layer.reason for layer in report.layers] == [None, None]
+    assert [layer.kernel_size for layer in report.layers] == [(7, 7), (3, 3)]
+
+
+def test_a_model_that_is_a_convolution() -> None:
+    conv = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    layer = convert(conv, mkf.keys.paper8())
+    assert isinstance(layer, mkf.KeyConv2d)
+    assert len(conversion_report(layer).replaced) == 1
+    assert isinstance(restore(layer), nn.Conv2d)
+
+
+def test_from_scratch_rotates_blocks_and_random_follows_the_seed() -> None:
+    keys = mkf.keys.paper8()
+    model = convert(nn.Sequential(*(nn.Conv2d(64, 64, 7, groups=64) for _ in range(3))), keys, assign="uniform")
+    assert [int(layer.index[0]) for layer in model] == [0, 1, 2]
+    assert all(layer.residual is None for layer in model)
+    assert conversion_report(model).layers[0].residual is None
+    one, same, other = (
+        convert(nn.Sequential(nn.Conv2d(64, 64, 7, groups=64)), keys, assign="uniform", order="random", seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one[0].index, same[0].index)
+    assert not torch.equal(one[0].index, other[0].index)
+
+
+def test_a_converted_network_trains_what_was_asked() -> None:
+    model = convert(tiny().train(), mkf.keys.paper8(), train=("scale", "bias"))
+    model(images()).sum().backward()
+    layer = model.stages[0].blocks[0].conv_dw
+    assert layer.scale.grad is not None
+    assert layer.bias.grad is not None
+    assert layer.shift.grad is None
+    assert layer.keys.grad is None
+
+
+def test_pickle_deepcopy_and_bank() -> None:
+    model = convert(tiny(), mkf.keys.paper8())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), logits(model))
+        assert len(conversion_report(other).layers) == 5
+    bank = mkf.FilterBank.from_model(model)
+    assert len(bank) == 8 + 16 + 2 * 24 + 32
+    assert mkf.affine_fit(bank, mkf.keys.paper8()).residual.max() < 1e-4
+
+
+def test_errors_leave_the_model_as_it_was() -> None:
+    model = tiny()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    keys = mkf.keys.paper8()
+    with pytest.raises(ValueError, match=r"no layer can have these keys.*7x7"):
+        convert(model, mkf.keys.analytic("B", 3))
+    with pytest.raises(ValueError, match="no depthwise convolution"):
+        convert(nn.Sequential(nn.Linear(3, 3)), keys)
+    with pytest.raises(TypeError, match="torch module"):
+        convert("convnext", keys)
+    with pytest.raises(TypeError, match="before"):
+        convert(torch.compile(model), keys)
+    with pytest.raises(ValueError, match="train="):
+        convert(model, keys, train=("scales",))
+    with pytest.raises(ValueError, match="assign="):
+        convert(model, keys, assign="nearest")
+    with pytest.raises(ValueError, match="order="):
+        convert(model, keys, assign="uniform", order="sorted")
+    assert not any(isinstance(layer, mkf.KeyConv2d) for layer in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_filters_that_are_not_finite_are_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 7, groups=8), nn.Conv2d(8, 8, 7, groups=8))
+    model[0].weight.data[3, 0, 2, 2] = float("nan")
+    convert(model, mkf.keys.paper8())
+    assert isinstance(model[0], nn.Conv2d)
+    assert "NaN" in conversion_report(model).skipped[0].reason

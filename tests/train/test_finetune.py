@@ -1,0 +1,73 @@
+"""Networks trained with keys: from scratch by `mkf train --keys`, after a conversion by `mkf convert --finetune`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mkf
+from mkf.cli import app
+from mkf.train import TrainConfig, build_model, learned_filters, train
+
+TINY = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4}
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(map(str, words)))
+    return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+
+def train_words(data: Path, out: Path, *more: object) -> list[object]:
+    words: list[object] = ["train", "--model", "ConvMixer", "--data", data, "--out", out, "--image-size", 16]
+    words += ["--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8, "--lr", 0.02]
+    words += [word for key, value in TINY.items() for word in ("--model-kwargs", f"{key}={value}")]
+    return [*words, *more]
+
+
+def test_finetune_trains_the_converted_network(colours: Path, tmp_path: Path) -> None:
+    assert run(*train_words(colours, tmp_path / "run"))[0] == 0
+    out = tmp_path / "keys.safetensors"
+    options = ["--keys", "analytic:B:3", "--out", out, "--finetune", colours, "--epochs", 2, "--batch-size", 8]
+    code, stdout, stderr = run("convert", tmp_path / "run" / "model.safetensors", *options)
+    assert code == 0, stderr
+    assert "before the training top-1" in stdout
+    assert "epoch 2/2" in stdout
+    with safe_open(tmp_path / "keys.finetuned" / "model.safetensors", "pt") as file:
+        assert "--assign fit" in file.metadata()["command"]
+    before, after = load_file(tmp_path / "run" / "model.safetensors"), load_file(out)
+    assert before.keys() == after.keys()
+    bank = mkf.FilterBank.from_checkpoint(out)
+    assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
+
+
+def test_trained_from_scratch_with_keys(colours: Path, tmp_path: Path) -> None:
+    code, _, stderr = run(*train_words(colours, tmp_path / "run", "--keys", "analytic:B:3"))
+    assert code == 0, stderr
+    initial, trained = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("initial", "model"))
+    name = "blocks.0.0.fn.0"
+    for part in ("keys", "index", "scale"):
+        assert torch.equal(initial[f"{name}.{part}"], trained[f"{name}.{part}"]), part
+    for part in ("shift", "bias"):
+        assert not torch.equal(initial[f"{name}.{part}"], trained[f"{name}.{part}"]), part
+    bank = learned_filters(tmp_path / "run")
+    assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
+
+
+def test_weights_that_do_not_fit_the_model(colours: Path, tmp_path: Path) -> None:
+    assert run(*train_words(colours, tmp_path / "run"))[0] == 0
+    config = TrainConfig(
+        model="ConvMixer",
+        model_kwargs=TINY | {"dim": 16},
+        data=str(colours),
+        out=str(tmp_path / "other"),
+        image_size=16,
+        batch_size=8,
+        weights=str(tmp_path / "run" / "model.safetensors"),
+    )
+    with pytest.raises(ValueError, match="does not fit the model"):
+        train(config)
+    with pytest.raises(ValueError, match="no keys called"):
+        build_model(TrainConfig(model="ConvMixer", model_kwargs=TINY, data="", out="", keys="paper9"), 2)
