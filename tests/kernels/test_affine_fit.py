@@ -76,6 +76,24 @@ def test_a_common_offset_costs_nothing(fit, offset):
     assert_agrees(fit(filters, keys), filters, keys)
 
 
+@pytest.mark.parametrize("offset", [1e4, -1e9])
+@pytest.mark.parametrize("backend", ["numba", "reference"])  # native rounds to float32 before the mean leaves
+def test_a_common_offset_in_float64(backend, offset):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    filters, keys = noise(500, 7, 7).double() + offset, noise(8, 7, 7, seed=1)
+    assert_agrees(affine_fit(filters, keys, backend=backend), filters, keys)
+
+
+@pytest.mark.parametrize("tap", [0, 24, 48])
+def test_a_tap_far_from_the_others(fit, tap):
+    filters, keys = noise(500, 7, 7), noise(8, 7, 7, seed=1)
+    filters.flatten(1)[:, tap] += torch.linspace(-1e3, 1e3, 500)
+    keys.flatten(1)[3, tap] += 100
+    filters[::5] = keys[3] + 1e-5 * filters[::5]
+    assert_agrees(fit(filters, keys), filters, keys)
+
+
 @pytest.mark.parametrize("error", [1e-1, 1e-2, 1e-4, 0.0])
 @pytest.mark.parametrize("keys_count", [8, 50])
 def test_small_residuals_keep_their_digits(fit, error, keys_count):
@@ -87,7 +105,7 @@ def test_small_residuals_keep_their_digits(fit, error, keys_count):
     assert_agrees(result, filters.float(), keys)
 
 
-@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e-15, 1e15, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e-21, 1e-15, 1e15, 1e30, 3e38])
 def test_tiny_and_huge_filters(fit, size):
     filters = noise(40, 7, 7)
     filters = (filters / filters.abs().amax((1, 2), keepdim=True)).double().mul(size).float()
@@ -98,6 +116,20 @@ def test_tiny_and_huge_filters(fit, size):
     assert (r[rows, index] <= r.min(1) + 1e-6).all()
     np.testing.assert_allclose(residual, r[rows, index], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scale, a[rows, index].astype(np.float32), rtol=1e-5, atol=1e-44)
+
+
+def test_tiny_and_huge_filters_among_others(fit):
+    filters, keys = noise(300, 7, 7), noise(8, 7, 7, seed=1)
+    filters[5], filters[6], filters[7], filters[299] = 1, torch.nan, filters[7] * 1e-25, filters[299] * 1e20
+    result = fit(filters, keys, topk=3, sign="positive")
+    plain = fit(noise(300, 7, 7), keys, topk=3, sign="positive")
+    assert result.index[5:7].tolist() == [[0, 1, 2], [-1, -1, -1]]
+    live = [i for i in range(300) if i not in (5, 6)]
+    assert torch.equal(result.index[live], plain.index[live])
+    size = torch.ones(300, 1)
+    size[7], size[299] = 1e-25, 1e20
+    torch.testing.assert_close(result.scale[live], (plain.scale * size)[live], rtol=2e-5, atol=0)
+    torch.testing.assert_close(result.residual[live], plain.residual[live], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
@@ -203,6 +235,11 @@ def test_a_filter_does_not_know_its_neighbours(fit):
     for start, stop in ((0, 1), (5, 38), (17, 39_999)):
         piece = fit(filters[start:stop], keys)
         assert all(torch.equal(x[start:stop], y) for x, y in zip(whole, piece, strict=True))
+
+
+def test_filters_that_are_converted_in_pieces(fit):
+    filters, keys = noise(40_000, 3, 3).bfloat16(), noise(4, 3, 3, seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(fit(filters, keys), fit(filters.float(), keys), strict=True))
 
 
 def test_real_filters(fit, data_dir):
