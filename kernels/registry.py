@@ -111,12 +111,24 @@ def choose(
     return chosen
 
 
+def _written_for(operator: str, device_type: str) -> tuple[Implementation, ...]:
+    """The implementations of `operator` that are written for such devices, the preferred one first."""
+    table, found = _tables.get((operator, device_type), (None, ()))
+    if table is not IMPLEMENTATIONS:
+        found = tuple(i for i in implementations(operator) if not i.devices or device_type in i.devices)
+        _tables[operator, device_type] = IMPLEMENTATIONS, found
+    return found
+
+
+_tables: dict[tuple[str, str], tuple[tuple[Implementation, ...], tuple[Implementation, ...]]] = {}
+
+
 def passed_over(
     operator: str, device: torch.device, chosen: Implementation, why_not_call: WhyNotCall | None = None
 ) -> dict[str, str]:
     """Why the implementations that are written for `device` and preferred to `chosen` were not: reasons by name."""
-    known = implementations(operator)
-    preferred = (i for i in known[: known.index(chosen)] if not i.devices or device.type in i.devices)
+    known = _written_for(operator, device.type)
+    preferred = known[: known.index(chosen)]
     return {i.name: _why_not(i, device, why_not_call) or "another was asked for" for i in preferred}
 
 

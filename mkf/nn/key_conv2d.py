@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
 from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
-from mkf.ops.key_conv2d import geometry
+from mkf.ops.key_conv2d.check import geometry
 
 TRAINABLE = ("scale", "shift", "bias", "keys")
 
@@ -288,19 +288,15 @@ class KeyConv2d(nn.Module):
         """Convolve (N, C, H, W) or (C, H, W); see `mkf.ops.key_conv2d`."""
         if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return key_conv2d(
-            x,
-            self.keys,
-            self.index,
-            self.scale,
-            self.shift,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.backend,
-            self.tolerance,
-        )
+        try:  # straight from their dictionaries, which saves three microseconds
+            parameters: dict[str, Any] = self._parameters
+            buffers: dict[str, Any] = self._buffers
+            index, scale, shift, bias = buffers["index"], parameters["scale"], parameters["shift"], parameters["bias"]
+            keys = buffers["keys"] if "keys" in buffers else parameters["keys"]
+        except KeyError:  # somebody has put something in their place, such as a parametrisation
+            keys, index, scale, shift, bias = self.keys, self.index, self.scale, self.shift, self.bias
+        geometry = self.stride, self.padding, self.dilation
+        return key_conv2d(x, keys, index, scale, shift, bias, *geometry, self.backend, self.tolerance)
 
     def extra_repr(self) -> str:
         """Size and options, the share of the channels that each key has, and what a fit missed."""

@@ -348,6 +348,17 @@ class TestTraining:
         finally:
             torch.distributed.destroy_process_group()
 
+    def test_a_parametrised_scale(self, x):
+        class Positive(nn.Module):
+            def forward(self, t):
+                return t.exp()
+
+        layer = KeyConv2d(24, 7, PAPER, padding=3, train=("scale",))
+        torch.nn.utils.parametrize.register_parametrization(layer, "scale", Positive())
+        assert_same(layer, layer.to_conv2d(), x)
+        layer(x).sum().backward()
+        assert layer.parametrizations.scale.original.grad.any()
+
 
 class Block(nn.Module):
     def __init__(self):

@@ -1,0 +1,145 @@
+"""Calling an implementation of the key convolution, forward and backward."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mkf.kernels.key_conv2d import KeyPlan
+from mkf.kernels.key_conv2d.plan import plan_of
+from mkf.kernels.key_conv2d.reference import weight_gradient
+from mkf.kernels.registry import choose
+from mkf.ops.key_conv2d.check import Pair, check_values
+
+
+class Call(NamedTuple):
+    """What forward and backward of one call have in common; `parameters` are index, scale and shift."""
+
+    implementation: ModuleType
+    plan: KeyPlan
+    layout: torch.memory_format
+    parameters: tuple[Tensor, Tensor, Tensor]
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The layout that x has or is nearest to: contiguous or channels-last."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    _, channel, row, column = x.stride()
+    return torch.channels_last if channel < row and channel < column else torch.contiguous_format
+
+
+def forward(
+    x: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    tolerance: float | None,
+    backend: str,
+    size: tuple[int, ...],
+) -> tuple[Tensor, Call]:
+    """Check the values, choose an implementation and run it; `size` is that of the output."""
+    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
+    check_values(keys, index, scale, shift)
+    plan = plan_of(keys.contiguous(), tolerance)
+    layout = layout_of(x)
+    x = x.contiguous(memory_format=layout)
+    implementation = _choose(x, plan, stride, padding, dilation, backend)
+    if x.shape == size:
+        out = torch.empty_like(x, memory_format=layout)  # half a microsecond faster
+    else:
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    if size[0] > 0:
+        bias = None if bias is None else bias.contiguous()
+        implementation.key_conv2d(x, plan, index, scale, shift, bias, stride, padding, dilation, out)
+    return out, Call(implementation, plan, layout, (index, scale, shift))
+
+
+def resume(
+    dy: Tensor,
+    x: Tensor | None,
+    keys: Tensor,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    tolerance: float | None,
+    backend: str,
+    size: Sequence[int],
+) -> Call:
+    """The call that `gradients` needs, where only its arguments are left of it; `size` is that of the input."""
+    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
+    check_values(keys, index, scale, shift)
+    plan = plan_of(keys.contiguous(), tolerance)
+    layout = layout_of(dy if x is None else x)
+    like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
+    implementation = _choose(like_x, plan, stride, padding, dilation, backend)
+    return Call(implementation, plan, layout, (index, scale, shift))
+
+
+def gradients(
+    call: Call,
+    dy: Tensor,
+    x: Tensor | None,
+    wanted: Sequence[bool],
+    size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> list[Tensor | None]:
+    """Gradients for x, keys, scale, shift and bias; None where none is wanted. `size` is that of x."""
+    implementation, plan, layout, (index, scale, shift) = call
+    dy = dy.contiguous(memory_format=layout)
+    x = None if x is None else x.contiguous(memory_format=layout)
+    dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout) if wanted[0] else None
+    d_scale, d_shift, d_bias = (torch.empty_like(shift) if w else None for w in wanted[2:])
+    d_keys = None
+    if dy.shape[0] == 0:
+        d_keys = torch.zeros_like(plan.keys) if wanted[1] else None
+        return [None if t is None else t.zero_() for t in (dx, d_keys, d_scale, d_shift, d_bias)]
+    left = d_scale, d_shift
+    if wanted[1]:
+        # There must be a gradient of every filter; from it scale and shift have theirs too.
+        assert x is not None
+        dw = weight_gradient(dy, x, plan.keys.shape[-1], stride, padding, dilation)
+        member = index == torch.arange(len(plan.keys), device=index.device)[:, None]  # a product with it adds up by key
+        d_keys = ((member * scale) @ dw.flatten(1)).view_as(plan.keys)
+        if d_scale is not None:
+            d_scale.copy_((dw * plan.keys[index]).sum((1, 2)))
+        if d_shift is not None:
+            d_shift.copy_(dw.sum((1, 2)))
+        left = None, None
+    if not (dx is None and d_bias is None and left == (None, None)):
+        implementation.key_conv2d_backward(
+            dy, x, plan, index, scale, shift, stride, padding, dilation, dx, *left, d_bias
+        )
+    return [dx, d_keys, d_scale, d_shift, d_bias]
+
+
+def written_out(
+    x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None, *options: Any
+) -> Tensor:
+    """The same as an ordinary convolution, differentiable in whatever way and as often as you like."""
+    stride, padding, dilation, *_ = options
+    filters = (scale[:, None, None] * keys[index] + shift[:, None, None])[:, None].to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, filters, bias, stride, padding, dilation, groups=x.shape[1])
+
+
+def _choose(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair, backend: str) -> ModuleType:
+    """The module of the implementation for this call."""
+    return choose(
+        "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
+    ).load()
