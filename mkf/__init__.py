@@ -6,7 +6,7 @@
 >>> layer = mkf.KeyConv2d.from_conv2d(conv, keys)  # a depthwise convolution that knows its filters are keys
 """
 
-from mkf import bank, keys, nn, ops, search
+from mkf import analysis, bank, keys, nn, ops, search
 from mkf.bank import FilterBank
 from mkf.keys import KeySet
 from mkf.nn import KeyConv2d, conversion_report, convert, restore
@@ -20,6 +20,7 @@ __all__ = [
     "KeyConv2d",
     "KeySet",
     "affine_fit",
+    "analysis",
     "bank",
     "conversion_report",
     "convert",
