@@ -115,7 +115,7 @@ def assert_as_good(name, ours, theirs, exact, rounding):
         error, reference, unavoidable = (measure(t).item() for t in (ours - exact, theirs - exact, rounding))
         if math.isnan(reference):  # torch's bfloat16 gradient of small filters reads memory that nobody has written
             reference = 0.0
-        assert error <= 3 * reference + 2 * unavoidable, f"{name} {how}: error {error}, torch's {reference}"
+        assert error <= 3 * reference + 8 * unavoidable, f"{name} {how}: error {error}, torch's {reference}"
 
 
 KEYS = {
