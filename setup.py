@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -70,17 +71,20 @@ class BuildNative(build_ext):
         macros = [("MKF_X86", None)] if X86 else []
         if nvcc:
             macros.append(("MKF_WITH_CUDA", None))
-        for source in ext.sources:
+
+        def compile_one(source: str) -> list[str]:
             isa = Path(source).stem.removeprefix("cpu_")
-            if isa in ("avx2", "avx512") and not X86:
-                continue
-            objects += self.compiler.compile(
+            return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=macros,
                 include_dirs=ext.include_dirs,
                 extra_postargs=flags + INSTRUCTION_SETS.get(isa, []),
             )
+
+        sources = [s for s in ext.sources if X86 or Path(s).stem not in ("cpu_avx2", "cpu_avx512")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects += [one for some in pool.map(compile_one, sources) for one in some]
         library = self.get_ext_fullpath(ext.name)
         if nvcc:  # it knows where its static runtime is
             Path(library).parent.mkdir(parents=True, exist_ok=True)

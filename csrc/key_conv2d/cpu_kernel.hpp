@@ -119,7 +119,7 @@ struct Total {
 // The sum of the inputs that no other strip starts with.
 template <class G>
 struct OwnSum {
-    Vec& sum;
+    Vec sum = zero();
 
     template <class I>
     MKF_ALWAYS_INLINE void meet(I, Vec x) {
@@ -141,30 +141,36 @@ struct Gradients {
     template <class Input>
     MKF_ALWAYS_INLINE void column(const Input& input, Inside inside) {
         if (!of_bias) return;
-        OwnSum<G> own{d_bias.block};
+        OwnSum<G> own;
         filter<G>(input, inside, own);
+        d_bias.block = d_bias.block + own.sum;
     }
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&windows)[N]) {
         const Lanes lanes = group.channels.lanes;
-        if (dx.pixels) {
-            T* to = dx.at(run.row, run.column);
+        const bool has_box = group.has_box, has_scale = of_scale;  // known to be the same after every store
+        if (x.pixels) {
+            const T* from = x.at(run.row, run.column);
+            Vec of_scales = zero(), of_shifts = zero();
             unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
                 if (j >= run.count) return;
-                Vec value = sums[j];
-                if (of_scale) value = group.scale * value;
-                if (of_scale && group.has_box) value = fma(group.shift, windows[j], value);
-                store(to + j * dx.column_stride, value, lanes);
+                const Vec value = load(from + j * x.column_stride, lanes);
+                if (has_scale) of_scales = fma(sums[j], value, of_scales);
+                if (has_box) of_shifts = fma(windows[j], value, of_shifts);
             });
+            d_scale.block = d_scale.block + of_scales;
+            d_shift.block = d_shift.block + of_shifts;
         }
-        if (!x.pixels) return;
-        const T* from = x.at(run.row, run.column);
+        if (!dx.pixels) return;
+        T* to = dx.at(run.row, run.column);
+        const Vec scale = group.scale, shift = group.shift;
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
             if (j >= run.count) return;
-            const Vec value = load(from + j * x.column_stride, lanes);
-            if (of_scale) d_scale.block = fma(sums[j], value, d_scale.block);
-            if (group.has_box) d_shift.block = fma(windows[j], value, d_shift.block);
+            Vec value = sums[j];
+            if (has_scale) value = scale * value;
+            if (has_scale && has_box) value = fma(shift, windows[j], value);
+            store(to + j * dx.column_stride, value, lanes);
         });
     }
 

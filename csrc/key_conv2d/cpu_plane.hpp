@@ -73,15 +73,18 @@ public:
             for (std::int64_t p = 0; p < pixels; ++p)
                 mkf::MKF_ISA::store(values.get() + p * Vec::width, load(pixel + p * from.channels, channels.lanes));
         } else {
-            for (std::int64_t p = 0; p < pixels; p += Vec::width) {
-                const Lanes now(static_cast<int>(std::min<std::int64_t>(pixels - p, Vec::width)));
+            const T* lanes[Vec::width];
+            for (int i = 0; i < Vec::width; ++i)  // lanes beyond the last channel repeat it: nothing looks at them
+                lanes[i] = plane(from, image, channels.each[std::min(i, channels.lanes.count - 1)]);
+            for_squares([&](std::int64_t p, const Lanes& now) MKF_ALWAYS_INLINE {
                 Vec square[Vec::width];
-                for (int i = 0; i < Vec::width; ++i)
-                    square[i] = i < channels.lanes.count ? load(plane(from, image, channels.each[i]) + p, now) : zero();
+                unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE { square[i] = load(lanes[i] + p, now); });
                 transpose(square);
-                for (int i = 0; i < now.count; ++i)
-                    mkf::MKF_ISA::store(values.get() + (p + i) * Vec::width, square[i]);
-            }
+                float* to = values.get() + p * Vec::width;
+                unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE {
+                    if (i < now.count) mkf::MKF_ISA::store(to + i * Vec::width, square[i]);
+                });
+            });
         }
         return {tile.pixels, tile.row_stride, tile.column_stride, tile.rows, tile.columns};
     }
@@ -99,15 +102,20 @@ public:
             for (std::int64_t p = 0; p < pixels; ++p)
                 store(pixel + p * target.channels, load(values.get() + p * Vec::width), target_channels.lanes);
         } else {
-            for (std::int64_t p = 0; p < pixels; p += Vec::width) {
-                const Lanes now(static_cast<int>(std::min<std::int64_t>(pixels - p, Vec::width)));
+            T* lanes[Vec::width];
+            for (int i = 0; i < target_channels.lanes.count; ++i)
+                lanes[i] = plane(target, target_image, target_channels.each[i]);
+            for_squares([&](std::int64_t p, const Lanes& now) MKF_ALWAYS_INLINE {
+                const float* from = values.get() + p * Vec::width;
                 Vec square[Vec::width];
-                for (int i = 0; i < Vec::width; ++i)
-                    square[i] = i < now.count ? load(values.get() + (p + i) * Vec::width) : zero();
+                unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE {
+                    square[i] = i < now.count ? load(from + i * Vec::width) : zero();
+                });
                 transpose(square);
-                for (int i = 0; i < target_channels.lanes.count; ++i)
-                    store(plane(target, target_image, target_channels.each[i]) + p, square[i], now);
-            }
+                unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE {
+                    if (i < target_channels.lanes.count) store(lanes[i] + p, square[i], now);
+                });
+            });
         }
     }
 
@@ -118,6 +126,15 @@ private:
     Tensor<T> target{};
     std::int64_t target_image = 0;
     Channels target_channels{};
+
+    // Calls body(first pixel, how many) for as many pixels at a time as there are lanes.
+    template <class Body>
+    void for_squares(const Body& body) const {
+        const Lanes all(Vec::width);
+        std::int64_t p = 0;
+        for (; p + Vec::width <= pixels; p += Vec::width) body(p, all);
+        if (p < pixels) body(p, Lanes(static_cast<int>(pixels - p)));
+    }
 
     template <class U>
     Plane<float> open(const Tensor<U>& t, int first, int end) {

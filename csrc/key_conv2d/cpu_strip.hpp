@@ -17,8 +17,11 @@ struct Ahead {
     Stream streams[3];
 
     void step() {
-        for (Stream& s : streams)
-            for (int i = 0; i < s.lines; ++i, s.at += 64) prefetch_to_second_cache(s.at);
+        for (Stream& s : streams) {
+            const char* const end = s.at + s.lines * 64;
+            for (const char* line = s.at; line < end; line += 64) prefetch_to_second_cache(line);
+            s.at = end;
+        }
     }
 };
 
