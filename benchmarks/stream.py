@@ -2,7 +2,8 @@
 
     python -m mkf.benchmarks.stream --filters 20000000
 
-Everything runs in processes of its own, each once, and the system's cache of the files is dropped before.
+Everything runs in processes of its own, each once, and the system's cache of the files is dropped before. To make the
+filters takes longer than to measure: with `--folder` they stay, and `--make-only` makes them beforehand.
 """
 
 import os
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,7 +79,8 @@ def fit_to_statistics(path: Path) -> None:
 
 def fit_to_file(path: Path) -> None:
     """`mkf fit`."""
-    write_fit(_open(path), paper8(), path.parent / "fit.parquet")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        write_fit(_open(path), paper8(), Path(folder, "fit.parquet"))
 
 
 PASSES: dict[str, Callable[[Path], None]] = {
@@ -101,18 +104,21 @@ def measure(what: str, path: Path, small: Path) -> Run:
 
 def main(
     filters: Annotated[int, typer.Option(min=1000, help="Number of 7x7 filters.")] = 20_000_000,
-    folder: Annotated[Path | None, typer.Option(help="Where to put them for the time being: some GB.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to put them, some GB, and to find them the next time; else they go.")
+    ] = None,
+    make_only: Annotated[bool, typer.Option("--make-only", help="Put them there and measure nothing.")] = False,
 ) -> None:
     """Fit filters on disk, as a bank and as an array, beside reading them alone."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=120)
-    for name, make in (("bank", make_bank), ("array.npy", make_array)):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            path, small = Path(temporary, name), Path(temporary, f"small_{name}")
-            _apart(make, path, filters)
-            _apart(make, small, 1000)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
+        for name, make in (("bank", make_bank), ("array.npy", make_array)):
+            path, small = (_made(make, Path(place, f"{count}_{name}"), count) for count in (filters, 1000))
+            if make_only:
+                continue
             size = sum(file.stat().st_size for file in _files(path))
             table = Table(
                 "", "s", "M filters/s", "GB/s of file", "of the read", "decoded", "CPU ns a filter", "extra MB",
@@ -133,6 +139,15 @@ def main(
             console.print(table)
     load = os.getloadavg()[0]
     console.print(f"{os.cpu_count()} cores, load {load:.1f}, {torch.get_num_threads()} threads", highlight=False)
+
+
+def _made(make: Callable[[Path, int], None], path: Path, count: int) -> Path:
+    """The filters at `path`, made now if they are not there."""
+    if not path.exists():
+        unfinished = path.with_name(f"unfinished_{path.name}")
+        _apart(make, unfinished, count)
+        unfinished.rename(path)
+    return path
 
 
 def _parts(count: int) -> list[int]:

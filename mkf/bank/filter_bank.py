@@ -274,8 +274,9 @@ class FilterBank:
         """
         import pyarrow as pa
 
-        batches = chain.from_iterable(shard.read(METADATA, READ_ROWS) for shard in self._shards)
-        return pa.Table.from_batches(batches, schema=metadata_schema())
+        names = self._shards[0].metadata_names if self._shards else METADATA
+        batches = chain.from_iterable(shard.read(names, READ_ROWS) for shard in self._shards)
+        return pa.Table.from_batches(batches, schema=pa.schema([metadata_schema().field(name) for name in names]))
 
     def layers(self) -> pa.Table:
         """One row per layer: its metadata without `channel`, and `filters`, their number."""
@@ -290,18 +291,26 @@ class FilterBank:
                 )
         return _sum_by(pa.concat_tables(counts), keys)
 
-    def batches(self, rows: int = READ_ROWS) -> Iterator[FilterBank]:
+    def batches(self, rows: int = READ_ROWS, metadata: Sequence[str] = METADATA) -> Iterator[FilterBank]:
         """Yield the bank in order as banks in memory of at most `rows` filters, each of a single kernel size.
 
         Memory stays bounded, whatever the size of the bank.
 
+        Args:
+            rows: Filters of a part at most.
+            metadata: The columns of metadata that the parts shall have. Without some of them reading takes less time,
+                but such a part cannot be saved.
+
         Raises:
-            ValueError: `rows` is not positive.
+            ValueError: `rows` is not positive, or there is no such column.
         """
         if rows < 1:
             raise ValueError(f"rows must be positive, got {rows}")
+        if unknown := [name for name in metadata if name not in METADATA]:
+            raise ValueError(f"the bank has no column {', '.join(unknown)}; it has {', '.join(METADATA)}")
+        columns = ["filter", *(name for name in METADATA if name in metadata)]
         for k, shards in groupby(self._shards, key=lambda shard: shard.kernel_size):
-            batches = chain.from_iterable(shard.read(schema(k).names, rows) for shard in shards)
+            batches = chain.from_iterable(shard.read(columns, rows) for shard in shards)
             for table in rechunk(batches, rows):
                 yield FilterBank([Shard(k, table)])
 

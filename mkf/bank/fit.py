@@ -103,7 +103,7 @@ def write_fit(
     leaves = {name: f"{name}.list.element" if name in lists else name for name in AffineFit._fields}
     strings = ["model", "layer"] if is_bank else []
     with (
-        closing(stream.pieces(filters, rows)) as pieces,
+        closing(stream.pieces(filters, rows, COLUMNS)) as pieces,
         torch.no_grad(),
         _replacing(Path(out).expanduser()) as file,
         pq.ParquetWriter(

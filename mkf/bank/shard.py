@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mkf.bank.schema import schema
+from mkf.bank.schema import METADATA, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,6 +65,11 @@ class Shard:
                 shard = replace(shard, condition=condition if shard.condition is None else shard.condition & condition)
         return shard
 
+    @property
+    def metadata_names(self) -> tuple[str, ...]:
+        """The columns of metadata that the rows have."""
+        return tuple(name for name in METADATA if name in self.data.schema.names)
+
     def read(self, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """Yield the rows in order, at most `rows` at a time; of a data set only a few batches are held in memory."""
         if self.in_memory:
@@ -78,17 +83,20 @@ class Shard:
         self, fragment: ds.ParquetFileFragment, columns: Sequence[str], rows: int
     ) -> Iterator[pa.RecordBatch]:
         """Read one file as a stream: Arrow's own scanner of data sets holds some row groups of every file, decoded."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         condition, needed = self.condition, list(columns)
         if condition is not None:
             fragment = fragment.subset(filter=condition, schema=self.data.schema)  # row groups that may hold a match
             needed = list(dict.fromkeys([*columns, *FILTERED]))
+        wanted = pa.schema([self.data.schema.field(name) for name in needed])
         with pq.ParquetFile(
             fragment.path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
         ) as file:
             groups = [group.id for group in fragment.row_groups]
             for batch in file.iter_batches(rows, row_groups=groups, columns=needed, use_threads=False):
+                batch = batch.select(needed).cast(wanted)  # mkf once wrote numbers that could have been null
                 yield (batch if condition is None else batch.filter(condition)).select(list(columns))
 
     @contextmanager

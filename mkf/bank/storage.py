@@ -161,7 +161,7 @@ def _write_part(root: Path, index: int, k: int, model: str, tables: Iterator[pa.
         with pq.ParquetWriter(
             file,
             schema(k),
-            compression="zstd",
+            compression="lz4",  # a tenth larger than with zstd, and read in five sixths of the time
             use_dictionary=[name for name in METADATA if schema(k).field(name).type == pa.string()],
             column_encoding={"filter.list.element": "BYTE_STREAM_SPLIT"},
             write_statistics=list(METADATA),

@@ -151,7 +151,7 @@ def fit_statistics(
     grouping = _grouping(groups, filters)
     tally = FitTally(len(keys), bins, device)
     done = 0
-    with closing(stream.pieces(filters)) as pieces, torch.no_grad():
+    with closing(stream.pieces(filters, metadata=grouping.columns)) as pieces, torch.no_grad():
         for piece in pieces:
             fit = affine_fit(piece, keys, sign=sign, backend=backend)
             rows = grouping.rows(piece, done)
@@ -275,6 +275,7 @@ def refuse_mixed_sizes(filters: Any) -> None:
 
 
 class _OneGroup:
+    columns: Sequence[str] = ()
     labels: Sequence[Any] = (None,)
 
     def rows(self, piece: Any, start: int) -> None:
@@ -283,6 +284,8 @@ class _OneGroup:
 
 class _Numbered:
     """Groups given by their numbers."""
+
+    columns: Sequence[str] = ()
 
     def __init__(self, groups: Tensor):
         self._groups = groups
@@ -296,7 +299,7 @@ class _Columns:
     """Groups given by columns of a bank's metadata, numbered as they first appear."""
 
     def __init__(self, names: Sequence[str], single: bool):
-        self._names, self._single = list(names), single
+        self.columns, self._single = list(names), single
         self._numbers: dict[Any, int] = {}
 
     @property
@@ -307,11 +310,7 @@ class _Columns:
         import pyarrow as pa
 
         metadata = piece.metadata
-        if unknown := [name for name in self._names if name not in metadata.column_names]:
-            raise ValueError(
-                f"groups: the bank has no column {', '.join(unknown)}; it has {', '.join(metadata.column_names)}"
-            )
-        columns = [metadata[name].combine_chunks().dictionary_encode(null_encoding="encode") for name in self._names]
+        columns = [metadata[name].combine_chunks().dictionary_encode(null_encoding="encode") for name in self.columns]
         code = np.zeros(len(piece), np.int64)
         for column in columns:
             code = code * len(column.dictionary) + column.indices.to_numpy()

@@ -1,6 +1,6 @@
 """Filters a piece at a time, so that memory does not grow with their number."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ ROWS_ACCELERATOR = 1 << 20
 """Filters of a piece on a GPU, which takes that many to be busy."""
 
 
-def pieces(filters: Any, rows: int | None = None) -> Generator[Any]:
+def pieces(filters: Any, rows: int | None = None, metadata: Sequence[str] = ()) -> Generator[Any]:
     """Yield filters in order and in pieces, as `affine_fit` takes them.
 
     A tensor or an array in memory gives views. A bank gives banks in memory, and a memory-mapped file copies: both are
@@ -30,13 +30,14 @@ def pieces(filters: Any, rows: int | None = None) -> Generator[Any]:
 
     Args:
         filters: A tensor or numpy array whose first dimension counts filters, or an object with
-            `batches(rows)` that yields such objects, as a `FilterBank` has.
+            `batches(rows, metadata)` that yields such objects, as a `FilterBank` has.
         rows: Filters of a piece at most; if None, as many as suit where the filters are.
+        metadata: The columns of metadata that a bank's pieces shall have.
     """
     if len(filters) == 0:
         yield filters
     elif hasattr(filters, "batches"):
-        yield from ahead(filters.batches(rows or ROWS_READ))
+        yield from ahead(filters.batches(rows or ROWS_READ, metadata))
     elif isinstance(filters, np.memmap):
         yield from ahead(map(_read, _views(filters, rows or ROWS_READ)))
     else:

@@ -117,9 +117,24 @@ def test_batches_are_full_in_order_and_of_one_size(small_bank: FilterBank, rows:
     assert torch.equal(joined.select(k=7).filters, small_bank.select(k=7).filters)
 
 
-def test_batches_refuse_no_rows(small_bank: FilterBank) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_batches_of_some_columns(small_bank: FilterBank, saved: bool, tmp_path) -> None:
+    if saved:
+        small_bank.save(tmp_path / "bank")
+        small_bank = FilterBank.open(tmp_path / "bank")
+    for bank in (small_bank, small_bank.select(model="zeta", stride=1)):
+        parts = list(bank.batches(5, metadata=("layer", "model")))
+        assert FilterBank.concat(parts).metadata.equals(bank.metadata.select(["model", "layer"]))
+        bare = FilterBank.concat(bank.batches(5, metadata=()))
+        assert torch.equal(bare.select(k=7).filters, bank.select(k=7).filters)
+        assert bare.metadata.column_names == []
+
+
+def test_batches_refuse_no_rows_and_unknown_columns(small_bank: FilterBank) -> None:
     with pytest.raises(ValueError, match="rows must be positive, got 0"):
         next(small_bank.batches(0))
+    with pytest.raises(ValueError, match="the bank has no column colour; it has model, layer"):
+        next(small_bank.batches(4, metadata=("colour", "model")))
 
 
 def test_concat_of_memory_and_disk(small_bank: FilterBank, tmp_path) -> None:

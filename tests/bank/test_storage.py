@@ -80,6 +80,26 @@ def test_parts_larger_than_a_row_group_and_smaller(tmp_path: Path, monkeypatch: 
     assert [[part.row_group(i).num_rows for i in range(part.num_row_groups)] for part in rows] == [[64] * 4 + [14], [4]]
 
 
+def test_banks_of_numbers_that_may_be_null_are_read_as_well(small_bank: FilterBank, tmp_path: Path) -> None:
+    small_bank.save(tmp_path / "bank")
+    manifest = json.loads((tmp_path / "bank" / storage.MANIFEST).read_text())
+    for part in manifest["parts"]:  # as mkf first wrote them
+        file = tmp_path / "bank" / part["path"]
+        table = pa.parquet.read_table(file, partitioning=None)
+        nullable = pa.list_(pa.float32(), part["kernel_size"] ** 2)
+        fields = [field.with_type(nullable) if field.name == "filter" else field for field in table.schema]
+        pa.parquet.write_table(table.cast(pa.schema(fields)), file)
+        part["bytes"] = file.stat().st_size
+    (tmp_path / "bank" / storage.MANIFEST).write_text(json.dumps(manifest))
+    opened = FilterBank.open(tmp_path / "bank")
+    assert_same(opened, small_bank)
+    FilterBank.concat([opened, small_bank]).save(tmp_path / "both")
+    assert_same(FilterBank.open(tmp_path / "both"), FilterBank.concat([small_bank, small_bank]))
+    assert_same(
+        FilterBank.concat(FilterBank.concat([opened, small_bank]).batches(100)), FilterBank.open(tmp_path / "both")
+    )
+
+
 def test_an_empty_bank_can_be_saved(tmp_path: Path) -> None:
     FilterBank.concat([]).save(tmp_path / "bank")
     assert len(FilterBank.open(tmp_path / "bank")) == 0
@@ -91,7 +111,7 @@ def test_plain_arrow_reads_a_kernel_size_as_a_data_set(small_bank: FilterBank, t
     for partitioning in ("hive", None):
         data = pa.dataset.dataset(tmp_path / "bank" / "kernel_size=7", partitioning=partitioning)
         assert data.count_rows() == 16
-        assert data.schema.field("filter").type == pa.list_(pa.float32(), 49)
+        assert data.schema.field("filter").type == pa.list_(pa.field("item", pa.float32(), nullable=False), 49)
         assert data.count_rows(filter=pa.dataset.field("model") == "owner/name = 50%") == 2
         zeta = data.to_table(filter=pa.dataset.field("model") == "zeta")
         flat = zeta["filter"].combine_chunks().flatten().to_numpy()

@@ -312,7 +312,7 @@ def test_what_goes_wrong_while_reading_is_raised_and_threads_come_back() -> None
         def __len__(self) -> int:
             return 5
 
-        def batches(self, rows: int):
+        def batches(self, rows: int, metadata: object):
             yield noise(2)
             raise OSError("the disk is gone")
 
