@@ -93,6 +93,31 @@ def keys_row(keys: KeySet) -> Figure:
 
 
 @_drawn
+def keys_rows(sets: Mapping[str, KeySet]) -> Figure:
+    """Key sets under each other, the first key of one under the first of the other.
+
+    Args:
+        sets: Key sets by name, drawn from top to bottom in the order of their keys.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    columns = max(len(keys) for keys in sets.values())
+    figure = _figure(0.8 * columns + 0.9, 0.85 * len(sets))
+    grid = figure.add_gridspec(len(sets), columns + 1, width_ratios=[1.1, *([1] * columns)])
+    for row, (name, keys) in enumerate(sets.items()):
+        label = figure.add_subplot(grid[row, 0])
+        label.axis("off")
+        label.text(0.0, 0.5, fill(name, 14), fontsize=7.5, va="center")
+        for column, key in enumerate(keys.centred().numpy()):
+            _image(figure.add_subplot(grid[row, column + 1]), key)
+    return figure
+
+
+@_drawn
 def atlas(filters: torch.Tensor, keys: KeySet, *, columns: int = 10) -> Figure:
     """Each key in a row with filters that are linear shifts of it, from well fitted to badly fitted.
 

@@ -124,3 +124,10 @@ def test_elimination_draws_the_curve_and_its_two_marks() -> None:
     assert dict(zip(*curve.get_data(), strict=True)) == losses
     assert (kept.get_xdata()[0], elbow.get_xdata()[0]) == (8, 5)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kept: 8", "elbow: 5"]
+
+
+def test_keys_rows_stand_in_their_order() -> None:
+    few = mkf.keys.random(7, 3)
+    figure = figures.keys_rows({"eight": KEYS, "three": few})
+    assert np.array_equal(images(figure), np.concatenate([KEYS.centred(), few.centred()]))
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["eight", "three"]

@@ -14,7 +14,7 @@ def network(seed=0, classes=3):
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 2, stride=2),
-        nn.Conv2d(8, 8, 7, padding=3, groups=8),
+        nn.Conv2d(8, 8, 7, padding=(2, 3), groups=8),
         nn.BatchNorm2d(8),
         nn.GELU(),
         nn.Conv2d(8, 12, 1),
