@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "affine_fit/affine_fit.hpp"
+#include "key_conv2d/cuda.hpp"
 #include "key_conv2d/key_conv2d.hpp"
 
 namespace py = pybind11;
@@ -54,6 +55,36 @@ mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan, 
             pointer<const std::int32_t>(at[8]), pointer<const std::int32_t>(channels[0]),
             pointer<const float>(channels[1]), pointer<const float>(channels[2]), nullptr};
 }
+
+#if defined(MKF_WITH_CUDA)
+// (dtype, channels_last, batch, channels, height, width, k, stride); height and width are those of x
+using CudaConvShape = std::tuple<int, bool, std::int64_t, int, int, int, int, int>;
+// The addresses of records, keys, index, scale, shift
+using CudaConvFilters = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+mkf::KeyConv2dCuda key_conv2d_cuda_problem(bool backward, const CudaConvShape& shape, const CudaConvFilters& filters) {
+    const auto [dtype, channels_last, n, c, h, w, k, stride] = shape;
+    const auto [records, keys, index, scale, shift] = filters;
+    if (k < 3 || k > 11 || k % 2 == 0 || stride < 1 || stride > 2 || n < 1 || c < 1 || h < 1 || w < 1)
+        throw std::invalid_argument("key_conv2d: k must be odd, 3 to 11, the stride 1 or 2, and no size 0");
+    mkf::KeyConv2dCuda problem{};
+    problem.backward = backward;
+    problem.dtype = static_cast<mkf::DType>(dtype);
+    problem.channels_last = channels_last;
+    problem.k = k;
+    problem.stride = stride;
+    problem.n = n;
+    problem.c = c;
+    problem.h = h;
+    problem.w = w;
+    problem.records = pointer<const float>(records);
+    problem.keys = pointer<const float>(keys);
+    problem.index = pointer<const std::int32_t>(index);
+    problem.scale = pointer<const float>(scale);
+    problem.shift = pointer<const float>(shift);
+    return problem;
+}
+#endif
 
 }  // namespace
 
@@ -136,6 +167,43 @@ PYBIND11_MODULE(_native, m) {
         py::arg("col_stride"), py::arg("k"), py::arg("keys"), py::arg("inverse_norms"), py::arg("key_means"),
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("device"), py::arg("stream"));
+    m.def(
+        "key_conv2d_cuda",
+        [](const CudaConvShape& shape, const CudaConvFilters& filters, std::uintptr_t bias, std::uintptr_t x,
+           std::uintptr_t out, int device, std::uintptr_t stream) {
+            auto problem = key_conv2d_cuda_problem(false, shape, filters);
+            problem.bias = pointer<const float>(bias);
+            problem.in = pointer<const void>(x);
+            problem.out = pointer<void>(out);
+            py::gil_scoped_release release;
+            mkf::key_conv2d_cuda(problem, device, pointer<void>(stream));
+        },
+        py::arg("shape"), py::arg("filters"), py::arg("bias"), py::arg("x"), py::arg("out"), py::arg("device"),
+        py::arg("stream"));
+    m.def(
+        "key_conv2d_backward_cuda",
+        [](const CudaConvShape& shape, const CudaConvFilters& filters, std::uintptr_t dy, std::uintptr_t x,
+           std::uintptr_t dx, std::uintptr_t d_scale, std::uintptr_t d_shift, std::uintptr_t d_bias,
+           std::uintptr_t partial_sums, int device, std::uintptr_t stream) {
+            auto problem = key_conv2d_cuda_problem(true, shape, filters);
+            problem.in = pointer<const void>(dy);
+            problem.x = pointer<const void>(x);
+            problem.out = pointer<void>(dx);
+            problem.d_scale = pointer<float>(d_scale);
+            problem.d_shift = pointer<float>(d_shift);
+            problem.d_bias = pointer<float>(d_bias);
+            problem.partial_sums = pointer<float>(partial_sums);
+            py::gil_scoped_release release;
+            mkf::key_conv2d_cuda(problem, device, pointer<void>(stream));
+        },
+        py::arg("shape"), py::arg("filters"), py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("d_scale"),
+        py::arg("d_shift"), py::arg("d_bias"), py::arg("partial_sums"), py::arg("device"), py::arg("stream"));
+    m.def(
+        "key_conv2d_cuda_parts",
+        [](const CudaConvShape& shape, int device) {
+            return mkf::key_conv2d_cuda_parts(key_conv2d_cuda_problem(true, shape, CudaConvFilters{}), device);
+        },
+        py::arg("shape"), py::arg("device"), "How many partial sums a channel has in `key_conv2d_backward_cuda`.");
 #else
     m.attr("cuda") = false;
 #endif

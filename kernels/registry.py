@@ -63,6 +63,10 @@ IMPLEMENTATIONS = (  # for each operator in the order of preference
     ),
     Implementation("affine_fit", "reference", (), "PyTorch, the readable definition, on any device"),
     Implementation("key_conv2d", "native", ("cpu",), "C++: AVX-512, AVX2 or portable, chosen at run time"),
+    Implementation("key_conv2d", "cuda", ("cuda",), "CUDA C++, for NVIDIA GPUs"),
+    Implementation(
+        "key_conv2d", "triton", ("cuda",), "Triton, for NVIDIA GPUs without the CUDA kernels and for AMD GPUs"
+    ),
     Implementation("key_conv2d", "reference", (), "PyTorch's depthwise convolution with the filters written out"),
 )
 

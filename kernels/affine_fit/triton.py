@@ -1,28 +1,20 @@
 """The affine fit in Triton, for NVIDIA and AMD GPUs (triton_kernel.py)."""
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
+from mkf.kernels.gpu import why_not_triton
 
 ROWS = 32  # filters in a block
 WARPS = 8  # with fewer, 11x11 filters do not fit in the registers
 
 
 def why_not(device: torch.device) -> str | None:
-    """Needs Triton and a GPU that torch sees."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA or ROCm device"
-    if not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
-    return None
+    """See `mkf.kernels.gpu`."""
+    return why_not_triton(device)
 
 
 def affine_fit(

@@ -1,0 +1,39 @@
+"""Whether a GPU can run what is written for it, and the reason why not."""
+
+import importlib.util
+
+import torch
+
+from mkf.kernels import extension
+
+OLDEST = (8, 0)  # compute capability
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """CUDA C++ needs the compiled extension with its CUDA kernels, and an NVIDIA GPU they were compiled for."""
+    if torch.version.hip:
+        return "written for NVIDIA GPUs; on AMD there is triton"
+    missing = extension.missing()
+    if missing is not None:
+        return missing
+    if not extension.native().cuda:
+        return "the C++ extension was built without nvcc"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _too_old(device)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Triton must be installed, and the GPU an AMD one or an NVIDIA one that is not too old."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    return None if torch.version.hip else _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    return f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this GPU has {capability[0]}.{capability[1]}"
