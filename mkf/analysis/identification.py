@@ -291,9 +291,7 @@ def _step(products: Tensor, p: Tensor, upper: Tensor, damping: Tensor) -> Tensor
     h11, h22 = (a.square() * matrix[:, i, i] * (1 + damping) + 1e-14 for i in (0, 1))
     h12 = a.square() * matrix[:, 0, 1]
     held = ((p <= 0) & (gradient < 0)) | ((p >= upper) & (gradient > 0))
-    free = ~held
-    gradient = torch.where(held, 0, gradient)
-    h12 = torch.where(free.all(1), h12, 0)
+    h12 = torch.where(held.any(1), 0, h12)  # then the step of the other is its own, and that of the held one is clamped
     determinant = h11 * h22 - h12.square()
     g1, g2 = gradient.T
     return torch.stack([h22 * g1 - h12 * g2, h11 * g2 - h12 * g1], 1) / determinant[:, None]

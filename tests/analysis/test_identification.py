@@ -1,5 +1,6 @@
 """Planted members of the family come back; the published keys have the kinds they were published with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,15 @@ PROFILES = {
     "mixed second difference": (CENTRAL, CENTRAL),
 }
 DOG = "difference of Gaussians"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of small operations: on a busy machine their threads would wait for one another most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def profile(weights: dict[int, float], s: float, k: int) -> np.ndarray:
