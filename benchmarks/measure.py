@@ -33,7 +33,7 @@ class Row:
     ratio: float
     low: float
     high: float
-    turns: list[float] = field(repr=False)
+    turns: list[float] = field(default_factory=list, repr=False)
 
 
 @dataclass

@@ -24,9 +24,16 @@ def missing() -> str | None:
     return None
 
 
+@cache
 def native() -> Any:
     """The module `mkf._native`."""
     return importlib.import_module("mkf._native")
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this processor and this build can run, the best first."""
+    return tuple(name for name in ISAS if native().cpu_runs(getattr(native().Isa, name)))
 
 
 def isa() -> str:
@@ -35,8 +42,7 @@ def isa() -> str:
     Raises:
         ValueError: `MKF_ISA` names no instruction set, or one that this processor or this build lacks.
     """
-    extension = native()
-    here = [name for name in ISAS if extension.cpu_runs(getattr(extension.Isa, name))]
+    here = isas()
     wanted = os.environ.get("MKF_ISA")
     if not wanted:
         return here[0]
