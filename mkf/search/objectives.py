@@ -169,7 +169,7 @@ class Accuracy:
             raise ValueError("the loader can be iterated only once: give a DataLoader or a list of batches")
         self._model, self._loader, self._backend = copy.deepcopy(model).eval(), loader, backend
         self.split = _split(split, loader)
-        self.description = f"top-1 accuracy on images of the {split} split"
+        self.description = f"top-1 error on images of the {split} split"
 
     def fingerprint(self) -> str:
         """Of the weights."""
