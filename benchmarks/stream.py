@@ -7,7 +7,6 @@ filters takes longer than to measure: with `--folder` they stay, and `--make-onl
 """
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -95,11 +94,11 @@ def measure(what: str, path: Path, small: Path) -> Run:
     """Run a pass once, after one over a thousand filters; for a process of its own."""
     affine_fit(torch.randn(1000, K, K), paper8())
     PASSES[what](small)
-    before = _resident()
+    before = _memory("VmRSS")
     start, processor = time.perf_counter(), time.process_time()
     PASSES[what](path)
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor
-    return Run(seconds, processor_seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return Run(seconds, processor_seconds, _memory("VmHWM") - before)
 
 
 def main(
@@ -175,9 +174,13 @@ def _forget(path: Path) -> None:
             os.close(descriptor)
 
 
-def _resident() -> int:
-    """Bytes of memory of this process now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _memory(what: str) -> int:
+    """Bytes of memory of this process now (VmRSS) or at most so far (VmHWM); on Linux.
+
+    The resource module's peak would not do: in a new process it starts at what the parent had.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[what].split()[0]) * 1024
 
 
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,11 +1,14 @@
 """What `affine_fit` accepts, refuses and returns."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import mkf
-from mkf.kernels.registry import BackendError
+from mkf.kernels.registry import BackendError, implementations
 
 
 @pytest.fixture
@@ -298,3 +301,57 @@ def test_opcheck_out(filters, keys, topk):
     outputs = torch.ops.mkf.affine_fit.default(*arguments)
     out = dict(zip(("scale", "shift", "residual", "index"), outputs, strict=True))
     torch.library.opcheck(torch.ops.mkf.affine_fit.out, arguments, out)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import torch
+from mkf.keys import paper8
+from mkf.ops import AffineFit, affine_fit
+
+count, given = int(sys.argv[1]), sys.argv[2] == "out"
+options = {"method": "combination"} if sys.argv[3] == "combination" else {"backend": sys.argv[3]}
+several = 8 if sys.argv[3] == "combination" else 1
+def kilobytes(what):
+    # Not ru_maxrss, which in a new process starts at what its parent had.
+    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+filters = torch.empty(count, 7, 7).uniform_()
+keys = paper8()
+affine_fit(filters[:30_000], keys, **options)
+out = None
+if given:
+    shapes = ((count, 8), (count, 8), (count,), (count,)) if several > 1 else ((count,),) * 4
+    dtypes = (torch.int32, *[torch.float32] * 3)
+    out = AffineFit(*(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
+before = kilobytes("VmRSS")
+fit = affine_fit(filters, keys, out=out, **options)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize("backend", ["native", "numba"])  # the reference's pieces take some 40 MB, whatever is fitted
+def test_memory(backend):
+    reason = next(i.why_not(torch.device("cpu")) for i in implementations("affine_fit") if i.name == backend)
+    if reason:
+        pytest.skip(reason)
+    assert extra_bytes_a_filter(backend, "new", 2_000_000) < 24  # of which the result has 16
+    assert extra_bytes_a_filter(backend, "out", 2_000_000) < 8
+
+
+@linux
+def test_memory_of_combinations():
+    # The result has 8 scales and indices, a shift and a residual. What a piece takes does not grow: 40 MB, generously.
+    assert extra_bytes_a_filter("combination", "new", 1_000_000) < 72 + 40
+    assert extra_bytes_a_filter("combination", "out", 1_000_000) < 40
+
+
+def extra_bytes_a_filter(how, given, count):
+    script = [sys.executable, "-c", MEMORY, str(count), given, how]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024 / count
