@@ -27,10 +27,10 @@ def why_not_call(
         return f"odd kernels of 3 to 11 only, not {k}"
     if tuple(stride) not in ((1, 1), (2, 2)):
         return f"stride 1 and 2 only, not {stride}"
-    if tuple(padding) != (k // 2, k // 2):
-        return f"padding {k // 2} only, not {padding}"
     if tuple(dilation) != (1, 1):
         return f"dilation 1 only, not {dilation}"
+    if tuple(padding) != (k // 2, k // 2):
+        return f"padding {k // 2} only, not {padding}"
     return None
 
 

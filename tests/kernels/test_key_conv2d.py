@@ -1,0 +1,282 @@
+"""Every implementation of the key convolution for a CPU against float64, called as `mkf.ops` calls it.
+
+The reference, which is PyTorch's own convolution, is tested in tests/ops.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mkf import keys as key_sets
+from mkf.kernels import extension, registry
+from mkf.kernels.key_conv2d.plan import make_plan
+from tests.kernels import key_conv2d_float64 as float64
+
+CPU = torch.device("cpu")
+GRADIENTS = ("dx", "d_scale", "d_shift", "d_bias")
+LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the norm of an output; bfloat16 rounds at 2^-9
+SUM_ERROR = 2e-6  # of gradients that are sums, float32 in any case, relative to the norm of what is summed up
+
+
+def runnable():
+    """(backend, instruction set) of everything that can run here."""
+    for implementation in registry.implementations("key_conv2d"):
+        if implementation.why_not(CPU) is not None or implementation.name == "reference":
+            continue
+        if implementation.name == "native":
+            native = extension.native()
+            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
+        else:
+            yield implementation.name, None
+
+
+@pytest.fixture(params=runnable(), ids=lambda p: "-".join(filter(None, p)))
+def backend(request, monkeypatch):
+    """The module of one implementation."""
+    name, isa = request.param
+    if isa:
+        monkeypatch.setenv("MKF_ISA", isa)
+    return next(i for i in registry.implementations("key_conv2d") if i.name == name).load()
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Leaves the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_keys(kind, k):
+    """Eight keys (k, k) of one kind; `mixed` has all kinds that the plan knows."""
+    if kind == "direct":
+        return noise(8, k, k, seed=1)
+    keys = noise(8, k, 1, seed=2) * noise(8, 1, k, seed=3)
+    if kind == "mixed":
+        keys[1] += 0.7
+        keys[2] = 0.3
+        keys[3, k // 2, 1] += 2
+        keys[4, 0, k - 1] -= 1
+        if k > 5:
+            keys[5] += noise(k, 1, seed=4) * noise(1, k, seed=5)
+        keys[6] = 0
+    if kind == "symmetric":
+        keys = (keys + keys.flip(1)) * 0.5
+        keys[4:] = (keys[4:] - keys[4:].flip(2)) * 0.5
+    return keys
+
+
+class Problem:
+    """One call, its tensors and what float64 says."""
+
+    def __init__(self, shape, keys, stride=1, dtype=torch.float32, layout="last", shifted=True, blocks=0, seed=0):
+        n, c, h, w = shape
+        self.keys, self.stride, self.dtype, self.layout = keys, stride, dtype, LAYOUTS[layout]
+        k = keys.shape[-1]
+        self.plan = make_plan(keys)
+        self.options = ((stride, stride), (k // 2, k // 2), (1, 1))
+        order = (
+            torch.arange(c) // blocks
+            if blocks
+            else torch.randint(9973, (c,), generator=torch.Generator().manual_seed(seed))
+        )
+        self.index = (order % len(keys)).int()
+        self.scale, self.bias = noise(c, seed=seed + 1), noise(c, seed=seed + 2)
+        self.shift = 0.3 * noise(c, seed=seed + 3) if shifted else torch.zeros(c)
+        self.x = self.tensor(noise(n, c, h, w, seed=seed + 4))
+        self.dy = self.tensor(noise(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, seed=seed + 5))
+
+    def tensor(self, values):
+        return values.to(self.dtype).contiguous(memory_format=self.layout)
+
+    def guarded(self, like):
+        """A tensor of NaN like another in a larger piece of memory, and a check that nothing around it was written."""
+        memory = torch.full((like.numel() + 256,), 12345.0, dtype=like.dtype)
+        tensor = memory[128:-128].as_strided(like.shape, like.stride(), 128).fill_(torch.nan)
+        return tensor, lambda: bool((memory[:128] == memory[0]).all() and (memory[-128:] == memory[0]).all())
+
+    def forward(self, backend, bias=True):
+        out, intact = self.guarded(self.dy)
+        backend.key_conv2d(
+            self.x, self.plan, self.index, self.scale, self.shift, self.bias if bias else None, *self.options, out
+        )
+        assert intact()
+        return out
+
+    def backward(self, backend, wanted=GRADIENTS):
+        out, checks = {}, []
+        for name in GRADIENTS:
+            if name in wanted:
+                out[name], check = self.guarded(self.x if name == "dx" else self.scale)
+                checks.append(check)
+        x = self.x if {"d_scale", "d_shift"} & set(wanted) else None
+        backend.key_conv2d_backward(
+            self.dy, x, self.plan, self.index, self.scale, self.shift, *self.options, *(out.get(g) for g in GRADIENTS)
+        )
+        assert all(check() for check in checks)
+        return out
+
+    def parameters(self):
+        return [t.double().numpy() for t in (self.keys, self.scale, self.shift)]
+
+    def check(self, backend, wanted=GRADIENTS, bias=True):
+        """Compare everything with float64; what is rounded to bfloat16 is compared as precisely as that allows."""
+        keys, scale, shift = self.parameters()
+        index, x, dy = self.index.numpy(), self.x.double().numpy(), self.dy.double().numpy()
+        weight = float64.filters(keys, index, scale, shift)
+        expected = float64.convolution(x, weight, self.bias.double().numpy() if bias else None, self.stride)
+        close(self.forward(backend, bias), expected, ERROR[self.dtype])
+        expected = dict(zip(GRADIENTS, float64.gradients(dy, x, keys, index, scale, shift, self.stride), strict=True))
+        size = np.sqrt((dy**2).sum((0, 2, 3)) * max(1, dy[:, 0].size / 100))
+        for name, value in self.backward(backend, wanted).items():
+            if name == "dx":
+                close(value, expected[name], ERROR[self.dtype])
+            else:
+                assert value.dtype == torch.float32
+                close(value, expected[name], SUM_ERROR, extra=SUM_ERROR * np.linalg.norm(size))
+
+
+def close(value, expected, error, extra=0.0):
+    value = value.double().numpy()
+    assert value.shape == expected.shape
+    assert np.isfinite(value).all()
+    assert np.linalg.norm(value - expected) <= error * np.linalg.norm(expected) + extra
+
+
+SHAPES = [(1, 1, 1, 1), (2, 16, 7, 7), (1, 17, 14, 15), (1, 40, 9, 30), (3, 3, 1, 23), (1, 32, 29, 1), (1, 8, 8, 16)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["direct", "rank1", "mixed", "symmetric"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shapes(backend, kind, layout, stride):
+    for shape in SHAPES:
+        Problem(shape, some_keys(kind, 7), stride, layout=layout).check(backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [3, 5, 9, 11])
+@pytest.mark.parametrize("kind", ["direct", "mixed", "symmetric"])
+def test_kernel_sizes(backend, kind, k, layout):
+    for stride in (1, 2):
+        for dtype in ERROR:
+            Problem((1, 19, 10, 17), some_keys(kind, k), stride, dtype, layout).check(backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["direct", "rank1", "mixed"])
+def test_bfloat16(backend, kind, layout):
+    for shape in SHAPES:
+        for stride in (1, 2):
+            Problem(shape, some_keys(kind, 7), stride, torch.bfloat16, layout).check(backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", [key_sets.paper8(), key_sets.analytic("A"), key_sets.analytic("D2")], ids=str)
+@pytest.mark.parametrize("blocks", [0, 16])
+def test_key_sets(backend, keys, blocks, layout):
+    for shifted in (False, True):
+        Problem((1, 48, 14, 14), keys.filters, layout=layout, shifted=shifted, blocks=blocks).check(backend)
+
+
+def test_keys_from_real_filters(backend, data_dir):
+    from safetensors.torch import load_file
+
+    weights = torch.cat([w[:, 0] for w in load_file(data_dir / "filters/trained_k7.safetensors").values()])
+    Problem((2, 64, 14, 14), weights[:: len(weights) // 200].float()).check(backend)
+
+
+@pytest.mark.parametrize("wanted", [("dx",), ("d_scale",), ("d_shift",), ("d_bias",), ("dx", "d_bias"), GRADIENTS[:3]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_what_is_wanted(backend, wanted, layout):
+    for kind in ("direct", "mixed"):
+        for stride in (1, 2):
+            problem = Problem((2, 21, 9, 10), some_keys(kind, 7), stride, layout=layout, shifted=kind == "mixed")
+            problem.check(backend, wanted, bias=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 33), st.integers(1, 33)),
+    st.sampled_from([3, 5, 7, 7, 7, 9, 11]),
+    st.sampled_from([1, 2]),
+    st.sampled_from(list(ERROR)),
+    st.sampled_from(list(LAYOUTS)),
+    st.sampled_from(["direct", "rank1", "mixed", "symmetric"]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_any_problem(shape, k, stride, dtype, layout, kind, shifted, seed):
+    preferred = registry.choose("key_conv2d", CPU).load()
+    Problem(shape, some_keys(kind, k), stride, dtype, layout, shifted, seed=seed).check(preferred)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["direct", "mixed", "symmetric"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_window(backend, value, kind, layout):
+    problem = Problem((1, 20, 23, 24), some_keys(kind, 7), layout=layout)
+    clean, clean_dx = problem.forward(backend), problem.backward(backend)["dx"]
+    problem.x[0, 5, 11, 9] = problem.dy[0, 5, 11, 9] = value
+    window = torch.zeros(problem.x.shape, dtype=torch.bool)
+    window[0, 5, 8:15, 6:13] = True
+    for spoilt, before in ((problem.forward(backend), clean), (problem.backward(backend)["dx"], clean_dx)):
+        assert not spoilt[window].isfinite().any() or kind == "mixed"  # a key of zeros and ones may keep some finite
+        assert torch.equal(spoilt[~window], before[~window])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+def test_tiny_and_huge_values(backend, size, layout):
+    problem = Problem((1, 16, 12, 12), some_keys("mixed", 7), layout=layout)
+    problem.bias *= size
+    problem.x *= size
+    problem.check(backend, ("d_bias",))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["direct", "mixed"])
+def test_the_number_of_threads_does_not_show(backend, kind, layout):
+    for shape, dtype in (((3, 70, 40, 41), torch.float32), ((2, 48, 56, 57), torch.bfloat16)):
+        problem = Problem(shape, some_keys(kind, 7), dtype=dtype, layout=layout)
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append([problem.forward(backend), *problem.backward(backend).values()])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_long_sums_keep_their_digits(backend):
+    problem = Problem((2, 16, 150, 151), some_keys("mixed", 7))
+    problem.x += 3
+    problem.dy += 2
+    index, (keys, scale, shift) = problem.index.numpy(), problem.parameters()
+    x, dy = problem.x.double().numpy(), problem.dy.double().numpy()
+    expected = float64.gradients(dy, x, keys, index, scale, shift, 1)
+    for name, value in zip(GRADIENTS[1:], expected[1:], strict=True):
+        close(problem.backward(backend, (name,))[name], value, 1e-6)
+
+
+def test_what_the_extension_does_not_serve():
+    native = next(i for i in registry.implementations("key_conv2d") if i.name == "native").load()
+    plan, x = make_plan(some_keys("mixed", 7)), noise(1, 3, 9, 9)
+    one, same = (1, 1), (3, 3)
+    assert native.why_not_call(x, plan, one, same, one) is None
+    assert native.why_not_call(x.bfloat16(), plan, (2, 2), same, one) is None
+    for arguments, reason in (
+        ((x.half(), plan, one, same, one), "float16"),
+        ((x.double(), plan, one, same, one), "float64"),
+        ((x, plan, (1, 2), same, one), "stride"),
+        ((x, plan, (3, 3), same, one), "stride"),
+        ((x, plan, one, (2, 2), one), "padding"),
+        ((x, plan, one, (6, 6), (2, 2)), "dilation"),
+    ):
+        assert reason in native.why_not_call(*arguments)
