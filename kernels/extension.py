@@ -30,20 +30,19 @@ def native() -> Any:
     return importlib.import_module("mkf._native")
 
 
-@cache
-def isas() -> tuple[str, ...]:
-    """The instruction sets that this processor and this build can run, the best first."""
-    return tuple(name for name in ISAS if native().cpu_runs(getattr(native().Isa, name)))
-
-
 def isa() -> str:
     """The instruction set the C++ kernels use: the best this processor has, or the one that `MKF_ISA` names.
 
     Raises:
         ValueError: `MKF_ISA` names no instruction set, or one that this processor or this build lacks.
     """
-    here = isas()
-    wanted = os.environ.get("MKF_ISA")
+    return _isa(os.environ.get("MKF_ISA"))
+
+
+@cache
+def _isa(wanted: str | None) -> str:
+    extension = native()
+    here = [name for name in ISAS if extension.cpu_runs(getattr(extension.Isa, name))]
     if not wanted:
         return here[0]
     if wanted not in here:

@@ -1,5 +1,6 @@
 """The key convolution in C++ (csrc/key_conv2d/cpu_kernel.hpp)."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,13 +35,17 @@ def why_not_call(
     return None
 
 
+@lru_cache(64)
+def _addresses(plan: KeyPlan) -> tuple[int, int, list[int]]:
+    """What does not change with a plan, which is known by its tensors and kept with them."""
+    return len(plan.keys), plan.columns.shape[1], [t.data_ptr() for t in plan[:9]]
+
+
 def _arguments(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: int) -> dict[str, Any]:
     native = extension.native()
-    channels_last = not x.is_contiguous()
-    terms = plan.columns.shape[1]
     return {
-        "shape": (extension.DTYPES[x.dtype], channels_last, *x.shape, plan.keys.shape[-1], stride),
-        "plan": (len(plan.keys), terms, [t.data_ptr() for t in plan[:9]]),
+        "shape": (extension.DTYPES[x.dtype], not x.is_contiguous(), *x.shape, plan.keys.shape[-1], stride),
+        "plan": _addresses(plan),
         "channels": (index.data_ptr(), scale.data_ptr(), shift.data_ptr()),
         "isa": getattr(native.Isa, extension.isa()),
         "threads": max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD)),
