@@ -36,7 +36,7 @@ def command(
     ] = "one",
     topk: Annotated[
         int | None,
-        typer.Option(min=1, help="Write the best so many keys of each filter, as lists; combine so many, not all."),
+        typer.Option(min=1, help="Write so many keys of each filter, best first, as lists; combine so many, not all."),
     ] = None,
     sign: Annotated[str, typer.Option(help="any, or positive for scales of at least 0.")] = "any",
     backend: Annotated[str | None, typer.Option(help="Implementation, as `mkf env` lists them.")] = None,
