@@ -155,23 +155,26 @@ def _pseudoinverse(a: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
 
 
 def _approximated(key: NDArray[np.float64], terms: int, box: bool, tap: bool) -> Structure:
-    """A key as nearly these parts: each in turn as is best for the others, the tap where most is missed."""
-    k = len(key)
-    constant, single = 0.0, np.zeros((k, k))
+    """A key as nearly these parts: each in turn as is best for the others, the tap where most is missed.
+
+    It starts with the terms alone, and with the box and tap of `_reduced`, as if the key were exactly these parts.
+    """
     best = _describe(key, terms)
-    for _ in range(STEPS):
-        if not (box or tap):
-            break
-        u, sigma, vt = np.linalg.svd(key - constant - single)
-        missed = key - (u[:, :terms] * sigma[:terms]) @ vt[:terms]
-        if box:
-            constant = float((missed - single).mean())
-        if tap:
-            where = np.unravel_index(np.argmax(np.abs(missed - constant)), key.shape)
-            single = np.zeros((k, k))
-            single[where] = missed[where] - constant
-        found = _describe(key, terms, constant, single)
-        best = min(best, found, key=lambda structure: structure.residual)
+    if not (box or tap):
+        return best
+    for found in (best, _reduced(key, terms, box, tap)):
+        for _ in range(STEPS):
+            best = min(best, found, key=lambda structure: structure.residual)
+            missed = key - (found.columns @ found.rows).numpy()
+            single = np.zeros_like(key)
+            for row, column, weight in found.taps:
+                single[row, column] = weight
+            constant = float((missed - single).mean()) if box else 0.0
+            if tap:
+                where = np.unravel_index(np.argmax(np.abs(missed - constant)), key.shape)
+                single = np.zeros_like(key)
+                single[where] = missed[where] - constant
+            found = _describe(key, terms, constant, single)
     return best
 
 

@@ -88,6 +88,18 @@ def test_a_box_serves_centred_keys_better_than_a_second_term() -> None:
     assert plan.box[7] != 0
 
 
+@pytest.mark.parametrize("parts", [(1, True, False), (1, False, True), (2, False, True), (2, True, True)])
+def test_what_a_key_nearly_is_made_of_is_found(parts: tuple[int, bool, bool]) -> None:
+    terms, box, tap = parts
+    for seed in range(5):
+        key = noise(7, terms, seed=seed) @ noise(terms, 7, seed=seed + 50) + 2 * box
+        key[3, 2] += 8 * tap
+        key += 1e-3 * key.norm() / 7 * noise(7, 7, seed=seed + 99)
+        plan = make_plan(key[None], 2e-3)
+        assert plan.multiply_adds().item() <= 14 * (terms + box) + tap
+        assert plan.error.item() <= 2e-3
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_key_within_its_tolerance(data: st.DataObject) -> None:
