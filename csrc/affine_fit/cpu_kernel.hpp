@@ -2,43 +2,71 @@
 // cache. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
+#include "../common/unroll.hpp"
 #include "../common/vec.hpp"
 #include "affine_fit.hpp"
+#include "cpu_columns.hpp"
 
 namespace mkf::MKF_ISA {
 
 constexpr int W = Vec::width;
 constexpr int max_taps = 11 * 11;
 constexpr int max_keys = 256;
-constexpr int keys_at_once = 8;     // accumulators in registers; 16 registers hold them and what else a tap needs
-constexpr int blocks_ahead = 2;     // how far the prefetch runs before the arithmetic
-constexpr float recompute_above = 0.95f;  // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
+constexpr int prefetched = 128, touched = 192;  // filters between those that are computed and those that are asked for
+constexpr std::int64_t page = 4096;
+constexpr std::int64_t stream_from = 1 << 16;  // filters: more outputs than a second cache holds
+constexpr float recompute_above = 0.95f;       // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
 
-struct Scratch {
-    alignas(64) float tile[max_taps * W];  // (taps, lanes)
-    alignas(64) float rows[max_taps * W];  // (lanes, taps): filters that are not plain float32 rows
+// A key for each lane.
+struct Choice {
+    Vec score, dot, index;
+
+    void replace(Mask where, const Choice& other) {
+        score = select(where, other.score, score);
+        dot = select(where, other.dot, dot);
+        index = select(where, other.index, index);
+    }
+    void challenge(const Choice& later) { replace(later.score > score, later); }  // equals stay
 };
 
-struct Candidates {  // per lane, the best keys so far in falling order
-    Vec *score, *dot, *index;
+// The best of choice(from), ..., choice(from + Count - 1), the first among equals: halves against each other, so that the
+// chain of comparisons is short.
+template <int from, int Count, class Choose>
+MKF_ALWAYS_INLINE static inline Choice best_of(const Choose& choice) {
+    if constexpr (Count == 1) {
+        return choice(from);
+    } else {
+        Choice best = best_of<from, Count / 2>(choice);
+        best.challenge(best_of<from + Count / 2, Count - Count / 2>(choice));
+        return best;
+    }
+}
+
+// The best keys so far in falling order.
+struct Candidates {
+    Choice* best;
     int count;
 
-    void insert(Vec new_score, Vec new_dot, float j) {
-        Vec new_index = broadcast(j);
-        Mask moves = new_score > score[0];
+    void clear() {
+        for (int p = 0; p < count; ++p) best[p] = {broadcast(-HUGE_VALF), broadcast(0.0f), broadcast(0.0f)};
+    }
+
+    MKF_NEVER_INLINE void insert(Choice c) {
+        Mask moves = c.score > best[0].score;
         for (int p = 0;;) {
-            const Vec s = score[p], d = dot[p], i = index[p];
-            score[p] = select(moves, new_score, s);
-            dot[p] = select(moves, new_dot, d);
-            index[p] = select(moves, new_index, i);
+            const Choice old = best[p];
+            best[p].replace(moves, c);
             if (++p == count) return;
             // From where the new key went in, all others move down by one: equals stay in their order.
-            new_score = select(moves, s, new_score);
-            new_dot = select(moves, d, new_dot);
-            new_index = select(moves, i, new_index);
-            moves = moves | (new_score > score[p]);
+            c.replace(moves, old);
+            moves = moves | (c.score > best[p].score);
         }
     }
 };
@@ -48,96 +76,123 @@ static const T* filter_at(const AffineFit& p, std::int64_t i) {
     return static_cast<const T*>(p.filters) + i * p.stride;
 }
 
-// Lays `lanes` filters out as float rows of k * k; the other lanes are zero.
+// What a filter is made of when it is transposed. Taps of other types or with strides between them are copied first.
 template <class T>
-static void gather_rows(const AffineFit& p, std::int64_t first, int lanes, float* rows) {
+using Row = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+
+inline void copy_taps(const BFloat16* in, BFloat16* out, int n) { std::memcpy(out, in, n * sizeof *in); }
+template <class T>
+inline void copy_taps(const T* in, float* out, int n) {
+    to_floats(in, out, n);
+}
+
+// Lays `lanes` filters out as rows of k * k; the other lanes are zero.
+template <class T>
+static void gather_rows(const AffineFit& p, std::int64_t first, int lanes, Row<T>* rows) {
     const int k = p.k, taps = k * k;
     const bool plain = p.col_stride == 1 && p.row_stride == k;
     if (plain && p.stride == taps) {
-        to_floats(filter_at<T>(p, first), rows, lanes * taps);
+        copy_taps(filter_at<T>(p, first), rows, lanes * taps);
     } else {
         for (int lane = 0; lane < lanes; ++lane) {
-            float* row = rows + lane * taps;
             const T* filter = filter_at<T>(p, first + lane);
+            Row<T>* row = rows + lane * taps;
             if (plain) {
-                to_floats(filter, row, taps);
+                copy_taps(filter, row, taps);
             } else {
                 for (int r = 0; r < k; ++r)
-                    for (int c = 0; c < k; ++c) row[r * k + c] = to_float(filter[r * p.row_stride + c * p.col_stride]);
+                    for (int c = 0; c < k; ++c)
+                        copy_taps(filter + r * p.row_stride + c * p.col_stride, row + r * k + c, 1);
             }
         }
     }
-    for (int t = lanes * taps; t < W * taps; ++t) rows[t] = 0.0f;
+    for (int t = lanes * taps; t < W * taps; ++t) rows[t] = {};
 }
 
-// tile[t][lane] = rows[lane][t]. An odd square leaves one tap after groups of four.
-static void transpose(const float* rows, std::int64_t stride, int taps, float* tile) {
-#if defined(__AVX2__)
-    const int last = taps - 1;
-    for (int lane = 0; lane < W; ++lane) tile[last * W + lane] = rows[lane * stride + last];
-    for (int t = 0; t < last; t += 4)
-        for (int lane = 0; lane < W; lane += 8) transpose_8x4(rows + lane * stride + t, stride, tile + t * W + lane, W);
-#else
-    for (int t = 0; t < taps; ++t)
-        for (int lane = 0; lane < W; ++lane) tile[t * W + lane] = rows[lane * stride + t];
-#endif
+// A mean over a quarter of the taps. Taken out of a filter it leaves squares at most six times those about the mean, so that
+// these are still known to float32; and the taps it needs are there before the tile is complete.
+static Vec near_mean(const float* tile, int taps) {
+    const int pairs = taps / 8;
+    Vec even = broadcast(0.0f), odd = broadcast(0.0f);
+    for (int i = 0; i < pairs; ++i, tile += 4 * W) {
+        even = even + load(tile);
+        odd = odd + load(tile + 2 * W);
+    }
+    return (even + odd) * broadcast(1.0f / static_cast<float>(2 * pairs));
 }
 
-static Vec mean_over_taps(const float* tile, int taps) {
-    Vec sums[4];
-    for (Vec& sum : sums) sum = broadcast(0.0f);
-    for (int t = 0; t + 4 <= taps; t += 4)
-        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load(tile + (t + i) * W);
-    const Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + load(tile + (taps - 1) * W);
-    return sum * broadcast(1.0f / static_cast<float>(taps));
-}
-
-struct Moments {
-    Vec sum, squares;
+// One filter to a lane.
+struct Block {
+    const float* tile;  // (taps, lanes)
+    int taps;
+    Vec centre;        // near the mean
+    Vec sum, squares;  // of the filter less its centre
 };
 
-// Dot products of the filters less `mean` with `Keys` neighbouring keys; the first call also sums what the rounding of
-// the mean left and the squares, and asks for the memory of a later block, a line a tap.
-template <int Keys, bool First>
-static void dots(const float* tile, int taps, Vec mean, const float* keys, int padded, Vec* out, Moments* moments,
-                 const char* ahead, std::int64_t ahead_step) {
-    Vec acc[Keys];
-    for (int j = 0; j < Keys; ++j) acc[j] = broadcast(0.0f);
-    Vec sum = broadcast(0.0f), squares = broadcast(0.0f);
-    for (int t = 0; t < taps; ++t) {
-        const Vec x = load(tile + t * W) - mean;
+// Memory that will be needed, to be asked for in small parts.
+struct Ahead {
+    const char* at;
+    std::int64_t part;
+
+    MKF_ALWAYS_INLINE void ask() {
+        const char* const end = at + part;
+        for (const char* line = at; line < end; line += 64) prefetch(line);
+        at = end;
+    }
+};
+
+// Tries a group of `Count` keys, the first of which is key `j`. The first group over a block also sums the filters less
+// their centre, and the squares, and meanwhile transposes the next block: multiplications and shuffles have different parts
+// of the processor. Centred filters are not kept: a store would cost more than the subtraction.
+template <int Count, bool First, class RowType>
+static void try_keys(Block& block, const float* group, int j, bool positive, Candidates& candidates,
+                     Columns<RowType>& next, Ahead& ahead) {
+    Vec dot[Count], sum = broadcast(0.0f), squares = broadcast(0.0f);
+    unroll<Count>([&](auto i) MKF_ALWAYS_INLINE { dot[i] = broadcast(0.0f); });
+    const float* tile = block.tile;
+    const Vec centre = block.centre;
+    Columns<RowType> columns = next;
+    const auto tap = [&]() MKF_ALWAYS_INLINE {
+        const Vec x = load(tile) - centre;
         if (First) {
             sum = sum + x;
             squares = fma(x, x, squares);
-            prefetch(ahead + t * ahead_step);
         }
-        for (int j = 0; j < Keys; ++j) acc[j] = fma(x, broadcast(keys[t * padded + j]), acc[j]);
+        unroll<Count>([&](auto i) MKF_ALWAYS_INLINE { dot[i] = fma(x, broadcast(group[i]), dot[i]); });
+        tile += W;
+        group += Count;
+    };
+    for (int t = 0; t + 1 < block.taps; t += 8) {
+        ahead.ask();
+        if (First) columns.eight();
+        MKF_NOT_UNROLLED for (int i = 0; i < 8; ++i) tap();
     }
-    for (int j = 0; j < Keys; ++j) out[j] = acc[j];
-    if (First) *moments = {sum, squares};
+    if (First) columns.last();
+    tap();
+    if (First) block.sum = sum, block.squares = squares;
+
+    const auto choice = [&](int i) MKF_ALWAYS_INLINE -> Choice {
+        return {positive ? dot[i] : abs(dot[i]), dot[i], broadcast(static_cast<float>(j + i))};
+    };
+    if (candidates.count > 1)
+        unroll<Count>([&](auto i) MKF_ALWAYS_INLINE { candidates.insert(choice(i)); });
+    else if (First)
+        candidates.best[0] = best_of<0, Count>(choice);
+    else
+        candidates.best[0].challenge(best_of<0, Count>(choice));
 }
 
-template <bool First, class... Args>
-static void dots_of(int keys, Args... args) {
-    switch (keys) {
-        case 1: return dots<1, First>(args...);
-        case 2: return dots<2, First>(args...);
-        case 3: return dots<3, First>(args...);
-        case 4: return dots<4, First>(args...);
-        case 5: return dots<5, First>(args...);
-        case 6: return dots<6, First>(args...);
-        case 7: return dots<7, First>(args...);
-        default: return dots<keys_at_once, First>(args...);
-    }
+template <bool First, class RowType, int... Less>
+constexpr auto of_every_count(std::integer_sequence<int, Less...>) {
+    return std::array{try_keys<Less + 1, First, RowType>...};
 }
 
-// sum over taps of (filter - centre - dot * key)^2.
-static Vec squared_error(const float* tile, int taps, Vec mean, Vec rest, Vec dot, Vec index, const AffineFit& p,
-                         KeysByTap keys) {
+// sum over taps of (filter - mean - dot * key)^2; mean = centre + rest.
+static Vec squared_error(const Block& block, Vec rest, const Choice& c, Vec dot, int keys_count, const ArrangedKeys& keys) {
     Vec error = broadcast(0.0f);
-    for (int t = 0; t < taps; ++t) {
-        const Vec x = (load(tile + t * W) - mean) - rest;
-        const Vec e = fnma(dot, lookup(keys.values + t * keys.padded, p.keys_count, index), x);
+    for (int t = 0; t < block.taps; ++t) {
+        const Vec key = lookup(keys.by_tap + t * keys.padded, keys_count, c.index);
+        const Vec e = fnma(dot, key, (load(block.tile + t * W) - block.centre) - rest);
         error = fma(e, e, error);
     }
     return error;
@@ -201,8 +256,15 @@ static void fit_awkward(const AffineFit& p, std::int64_t i) {
     }
 }
 
-static void store_lanes(const AffineFit& p, std::int64_t first, int lanes, int rank, Vec index, Vec scale, Vec shift,
-                        Vec residual) {
+static void store_lanes(const AffineFit& p, bool streams, std::int64_t first, int lanes, int rank, Vec index, Vec scale,
+                        Vec shift, Vec residual) {
+    if (p.best == 1 && lanes == W && streams) {
+        stream_int(p.index + first, index);
+        stream(p.scale + first, scale);
+        stream(p.shift + first, shift);
+        stream(p.residual + first, residual);
+        return;
+    }
     if (p.best == 1 && lanes == W) {
         store_int(p.index + first, index);
         store(p.scale + first, scale);
@@ -225,97 +287,120 @@ static void store_lanes(const AffineFit& p, std::int64_t first, int lanes, int r
     }
 }
 
-template <class T, bool OneKey>
-static void fit_block(const AffineFit& p, KeysByTap keys, std::int64_t first, int lanes, const char* ahead,
-                      std::int64_t ahead_step, Scratch& scratch) {
-    const int taps = p.k * p.k;
-    const float inverse_taps = 1.0f / static_cast<float>(taps);
-    const float* rows = scratch.rows;
-    std::int64_t stride = taps;
-    if (T::plain && lanes == W && p.col_stride == 1 && p.row_stride == p.k) {
-        rows = reinterpret_cast<const float*>(filter_at<typename T::type>(p, first));
-        stride = p.stride;
-    } else {
-        gather_rows<typename T::type>(p, first, lanes, scratch.rows);
-    }
-    transpose(rows, stride, taps, scratch.tile);
-    const Vec mean = mean_over_taps(scratch.tile, taps);
-
-    constexpr int room = OneKey ? 1 : max_keys;
-    Vec score[room], dot[room], index[room];
-    Candidates best{score, dot, index, OneKey ? 1 : p.best};
-    for (int b = 0; b < best.count; ++b) {
-        score[b] = broadcast(-HUGE_VALF);
-        dot[b] = index[b] = broadcast(0.0f);
-    }
-    Moments moments;
-    for (int j = 0; j < p.keys_count; j += keys_at_once) {
-        Vec out[keys_at_once];
-        const int now = p.keys_count - j < keys_at_once ? p.keys_count - j : keys_at_once;
-        const float* some_keys = keys.values + j;
-        if (j == 0)
-            dots_of<true>(now, scratch.tile, taps, mean, some_keys, keys.padded, out, &moments, ahead, ahead_step);
-        else
-            dots_of<false>(now, scratch.tile, taps, mean, some_keys, keys.padded, out, &moments, ahead, ahead_step);
-        for (int o = 0; o < now; ++o) best.insert(p.positive ? out[o] : abs(out[o]), out[o], static_cast<float>(j + o));
-    }
-
-    // What the rounded mean left behind: the exact mean is mean + rest, and the squares are about it.
-    const Vec rest = moments.sum * broadcast(inverse_taps);
-    const Vec squares = fnma(moments.sum, rest, moments.squares);
-    const Vec centre = mean + rest;
-    const Mask ordinary = (squares > max(broadcast(1e-28f), centre * centre * broadcast(1e-10f))) &
+template <class T>
+static void finish(const AffineFit& p, const ArrangedKeys& keys, bool streams, std::int64_t first, int lanes,
+                   const Block& block, const Candidates& candidates) {
+    const Vec rest = block.sum * broadcast(1.0f / static_cast<float>(block.taps));
+    const Vec squares = fnma(block.sum, rest, block.squares);  // about the mean
+    const Vec mean = block.centre + rest;
+    const Mask ordinary = (squares > max(broadcast(1e-28f), mean * mean * broadcast(1e-10f))) &
                           (broadcast(1e30f) > squares);
-    const unsigned wanted = lanes == W ? (W == 32 ? ~0u : (1u << W) - 1u) : (1u << lanes) - 1u;
-
-    for (int b = 0; b < best.count; ++b) {
-        const Vec a = p.positive ? max(dot[b], broadcast(0.0f)) : dot[b];
+    for (int b = 0; b < candidates.count; ++b) {
+        const Choice& c = candidates.best[b];
+        const Vec a = p.positive ? max(c.dot, broadcast(0.0f)) : c.dot;
         Vec error = max(fnma(a, a, squares), broadcast(0.0f));
         const Mask close = (a * a > squares * broadcast(recompute_above)) & ordinary;
-        if (bits(close))
-            error = select(close, squared_error(scratch.tile, taps, mean, rest, a, index[b], p, keys), error);
+        if (bits(close)) error = select(close, squared_error(block, rest, c, a, p.keys_count, keys), error);
         const Vec residual = sqrt(error / squares);
-        const Vec scale = a * lookup(p.inverse_norms, p.keys_count, index[b]);
-        const Vec shift = fnma(scale, lookup(p.key_means, p.keys_count, index[b]), centre);
-        store_lanes(p, first, lanes, b, index[b], scale, shift, residual);
+        const Vec scale = a * lookup(p.inverse_norms, p.keys_count, c.index);
+        const Vec shift = fnma(scale, lookup(p.key_means, p.keys_count, c.index), mean);
+        store_lanes(p, streams, first, lanes, b, c.index, scale, shift, residual);
     }
+    const unsigned wanted = (1u << lanes) - 1u;
     for (unsigned awkward = wanted & ~bits(ordinary), lane = 0; awkward; awkward >>= 1, ++lane)
-        if (awkward & 1u) fit_awkward<typename T::type>(p, first + lane);
+        if (awkward & 1u) fit_awkward<T>(p, first + lane);
 }
 
-template <class T, bool OneKey>
-static void fit_all(const AffineFit& p, KeysByTap keys, int threads) {
-    const std::int64_t blocks = (p.count + W - 1) / W;
-    const std::int64_t block_bytes = p.stride * W * static_cast<std::int64_t>(sizeof(typename T::type));
-    const int taps = p.k * p.k;
-    parallel_pieces(blocks, threads, [&](std::int64_t begin, std::int64_t end) {
-        Scratch scratch;
-        for (std::int64_t block = begin; block < end; ++block) {
-            const std::int64_t first = block * W, left = p.count - first;
-            const char* here = static_cast<const char*>(p.filters) + block * block_bytes;
-            fit_block<T, OneKey>(p, keys, first, left < W ? static_cast<int>(left) : W,
-                                 here + blocks_ahead * block_bytes, block_bytes / taps, scratch);
+// What a thread needs again and again, in one piece: apart, parts could get addresses that a cache takes for each other.
+template <class RowType>
+class Workspace {
+   public:
+    Workspace(int taps, const float* groups, int keys_count)
+        : tile_lines_((taps * W + 15) / 16), memory_(3 * tile_lines_ + (keys_count * taps + 15) / 16) {
+        std::memcpy(this->groups(), groups, sizeof(float) * keys_count * taps);
+    }
+
+    float* tile(std::int64_t block) { return memory_[(block & 1) * tile_lines_].at; }
+    RowType* rows() { return reinterpret_cast<RowType*>(memory_[2 * tile_lines_].at); }
+    float* groups() { return memory_[3 * tile_lines_].at; }
+
+   private:
+    struct alignas(64) Line {
+        float at[16];
+    };
+    std::size_t tile_lines_;
+    std::vector<Line> memory_;
+};
+
+// The blocks begin .. end of the filters, W filters each.
+template <class T>
+static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_t begin, std::int64_t end) {
+    static constexpr auto counts = std::make_integer_sequence<int, keys_at_once>();
+    static constexpr auto try_first_keys = of_every_count<true, Row<T>>(counts);
+    static constexpr auto try_more_keys = of_every_count<false, Row<T>>(counts);
+    const int taps = p.k * p.k, groups = key_groups(p.keys_count);
+    Workspace<Row<T>> workspace(taps, keys.groups, p.keys_count);
+
+    const auto lanes_of = [&](std::int64_t b) {
+        return static_cast<int>(p.count - b * W < W ? p.count - b * W : W);
+    };
+    const bool in_place = std::is_same_v<T, Row<T>> && p.col_stride == 1 && p.row_stride == p.k;
+    const auto columns_of = [&](std::int64_t b) {
+        if (in_place && b < end && lanes_of(b) == W)
+            return Columns<Row<T>>(reinterpret_cast<const Row<T>*>(filter_at<T>(p, b * W)), p.stride, workspace.tile(b));
+        if (b < end) gather_rows<T>(p, b * W, lanes_of(b), workspace.rows());
+        return Columns<Row<T>>(workspace.rows(), taps, workspace.tile(b));
+    };
+
+    // A prefetch is slow while the translation of its page is not known; a load further ahead makes it known.
+    const std::int64_t filter_bytes = p.stride * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t part = filter_bytes * W / (taps / 8 * groups);
+    const int filters_a_page = static_cast<int>(filter_bytes <= 0 || filter_bytes > page ? 1 : page / filter_bytes);
+    const auto touch_pages = [&](std::int64_t first) {
+        for (int lane = 0; lane < W; lane += filters_a_page) {
+            const std::int64_t i = first + lane < p.count ? first + lane : p.count - 1;
+            static_cast<void>(*reinterpret_cast<const volatile char*>(filter_at<T>(p, i)));
         }
+    };
+
+    Columns<Row<T>> columns = columns_of(begin);
+    for (int t = 0; t + 1 < taps; t += 8) columns.eight();
+    columns.last();
+    const bool streams = p.count >= stream_from;
+    std::vector<Choice> best(p.best);
+    Candidates candidates{best.data(), p.best};
+    for (std::int64_t b = begin; b < end; ++b) {
+        Block block;
+        block.tile = workspace.tile(b);
+        block.taps = taps;
+        block.centre = near_mean(block.tile, taps);
+        columns = columns_of(b + 1);
+        touch_pages(b * W + touched);
+        Ahead ahead{reinterpret_cast<const char*>(filter_at<T>(p, b * W + prefetched)), part};
+        if (p.best > 1) candidates.clear();
+        for (int g = 0; g < groups; ++g) {
+            const int j = first_of_group(p.keys_count, g), size = first_of_group(p.keys_count, g + 1) - j;
+            const auto& try_keys = g == 0 ? try_first_keys : try_more_keys;
+            try_keys[size - 1](block, workspace.groups() + j * taps, j, p.positive, candidates, columns, ahead);
+        }
+        finish<T>(p, keys, streams, b * W, lanes_of(b), block, candidates);
+    }
+    if (streams) end_streams();
+}
+
+template <class T>
+static void fit_all(const AffineFit& p, const ArrangedKeys& keys, int threads) {
+    parallel_pieces((p.count + W - 1) / W, threads, [&](std::int64_t begin, std::int64_t end) {
+        if (begin < end) fit_blocks<T>(p, keys, begin, end);
     });
 }
 
-template <class Type, bool Plain>
-struct Element {
-    using type = Type;
-    static constexpr bool plain = Plain;
-};
-
-template <class T>
-static void fit_type(const AffineFit& p, KeysByTap keys, int threads) {
-    p.best == 1 ? fit_all<T, true>(p, keys, threads) : fit_all<T, false>(p, keys, threads);
-}
-
-void affine_fit(const AffineFit& p, KeysByTap keys, int threads) {
+void affine_fit(const AffineFit& p, const ArrangedKeys& keys, int threads) {
     switch (p.dtype) {
-        case DType::float32: return fit_type<Element<float, true>>(p, keys, threads);
-        case DType::float64: return fit_type<Element<double, false>>(p, keys, threads);
-        case DType::bfloat16: return fit_type<Element<BFloat16, false>>(p, keys, threads);
-        case DType::float16: return fit_type<Element<Float16, false>>(p, keys, threads);
+        case DType::float32: return fit_all<float>(p, keys, threads);
+        case DType::float64: return fit_all<double>(p, keys, threads);
+        case DType::bfloat16: return fit_all<BFloat16>(p, keys, threads);
+        case DType::float16: return fit_all<Float16>(p, keys, threads);
     }
 }
 

@@ -11,6 +11,11 @@
 #define MKF_ALWAYS_INLINE
 #define MKF_NEVER_INLINE
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define MKF_NOT_UNROLLED _Pragma("GCC unroll 1")
+#else
+#define MKF_NOT_UNROLLED
+#endif
 
 namespace mkf {
 

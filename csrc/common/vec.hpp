@@ -14,6 +14,7 @@
 #endif
 
 #include "scalar.hpp"
+#include "unroll.hpp"
 
 namespace mkf::MKF_ISA {
 
@@ -28,6 +29,11 @@ using Mask = __mmask16;
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_int(std::int32_t* p, Vec a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void stream_int(std::int32_t* p, Vec a) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_cvtps_epi32(a.v));
+}
+inline void end_streams() { _mm_sfence(); }
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -63,6 +69,11 @@ inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_int(std::int32_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
 }
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+inline void stream_int(std::int32_t* p, Vec a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
+}
+inline void end_streams() { _mm_sfence(); }
 inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -132,6 +143,9 @@ inline Mask operator|(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] || b.v[i]; ret
 inline Vec select(Mask m, Vec yes, Vec no) { MKF_LANES no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
 inline unsigned bits(Mask m) { unsigned r = 0; MKF_LANES r |= static_cast<unsigned>(m.v[i]) << i; return r; }
 inline Vec lookup(const float* table, int, Vec index) { MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])]; return index; }
+inline void stream(float* p, Vec a) { store(p, a); }
+inline void stream_int(std::int32_t* p, Vec a) { store_int(p, a); }
+inline void end_streams() {}
 #undef MKF_LANES
 
 #endif
@@ -171,29 +185,11 @@ inline void to_floats(const BFloat16* in, float* out, int n) { halves_to_floats(
 inline void to_floats(const Float16* in, float* out, int n) { halves_to_floats(in, out, n); }
 #endif
 
-#if defined(__AVX2__)
-// Four consecutive columns of eight rows, `stride` floats apart, to four rows of eight, `out_stride` apart. Quarters of
-// rows are put together while they are loaded, which leaves half the shuffles; on a processor that runs 512 bits in two
-// steps, halves are no slower than whole vectors, and their loads are faster.
-inline void transpose_8x4(const float* in, std::int64_t stride, float* out, std::int64_t out_stride) {
-    __m256 row[4];
-    for (int i = 0; i < 4; ++i)
-        row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(in + i * stride)),
-                                      _mm_loadu_ps(in + (i + 4) * stride), 1);
-    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
-    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
-    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
-    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
-    _mm256_storeu_ps(out, _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)));
-    _mm256_storeu_ps(out + out_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23)));
-    _mm256_storeu_ps(out + 2 * out_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)));
-    _mm256_storeu_ps(out + 3 * out_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23)));
-}
-#endif
-
-inline void prefetch(const void* p) {
+// Brings a line to the second cache; any address will do. Always in line: gcc takes a function that only prefetches for one
+// without effect and drops calls of it.
+MKF_ALWAYS_INLINE inline void prefetch(const void* p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p);
+    __builtin_prefetch(p, 0, 2);
 #else
     (void)p;
 #endif
