@@ -11,13 +11,21 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Derived(Generic[T]):
-    """A function of a tensor that is called again only for other values.
+def values_of(tensor: Tensor) -> Hashable:
+    """What changes when the values of a contiguous tensor are written to, as long as the tensor is kept.
 
-    A tensor on the CPU is known by its bytes (for a few kB a microsecond), so nothing that is written to it goes
-    unnoticed, whichever way. To read a tensor on a GPU would wait for everything queued there; it is known by its
-    address and version counter, so all of torch's in-place functions count, but writing through `.data`, DLPack or a
-    kernel of one's own does not.
+    Those of a tensor on the CPU are its bytes (for a few kB a microsecond), so nothing that is written goes unnoticed,
+    whichever way. To read a tensor on a GPU would wait for everything queued there; what changes is its address or its
+    version counter, so all of torch's in-place functions count, but writing through `.data`, DLPack or a kernel of
+    one's own does not. A tensor made there in inference mode has no version counter: its values never equal others.
+    """
+    if tensor.is_cpu:
+        return string_at(tensor.data_ptr(), tensor.nbytes)
+    return object() if tensor.is_inference() else (tensor.device, tensor.data_ptr(), tensor._version)
+
+
+class Derived(Generic[T]):
+    """A function of a small tensor that is called again only for other values, as `values_of` tells them.
 
     Args:
         function: Takes the tensor and what is given with it.
@@ -27,7 +35,7 @@ class Derived(Generic[T]):
     def __init__(self, function: Callable[..., T], size: int = 256) -> None:
         self.function = function
         self.size = size
-        self._last: dict[Hashable, tuple[bytes, T]] = {}  # by place, so that bytes need not be hashed
+        self._last: dict[Hashable, tuple[Hashable, T]] = {}  # by place, so that bytes need not be hashed
         self._known: dict[Hashable, tuple[T, Tensor | None]] = {}
         self._lock = Lock()
 
@@ -37,18 +45,15 @@ class Derived(Generic[T]):
         Raises:
             RuntimeError: The tensor is new, on a GPU, and a CUDA graph is being captured, where nothing can be read.
         """
-        if tensor.is_cpu:
-            values = string_at(tensor.data_ptr(), tensor.nbytes)
-            place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
-            last = self._last.get(place)
-            if last is None or last[0] != values:
-                last = values, self._look_up((values, *place[1:]), tensor, arguments)
-                self._put(self._last, place, last)
-            return last[1]
-        if tensor.is_inference():  # these have no version counter
-            return self.function(tensor, *arguments)
-        version = (tensor.device, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, arguments)
-        return self._look_up(version, tensor, arguments)
+        values = values_of(tensor)
+        if not tensor.is_cpu:
+            return self._look_up((values, tensor.shape, tensor.dtype, arguments), tensor, arguments)
+        place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
+        last = self._last.get(place)
+        if last is None or last[0] != values:
+            last = values, self._look_up((values, *place[1:]), tensor, arguments)
+            self._put(self._last, place, last)
+        return last[1]
 
     def _look_up(self, identity: Hashable, tensor: Tensor, arguments: tuple[Hashable, ...]) -> T:
         known = self._known.get(identity)

@@ -1,7 +1,8 @@
 """Implementations of `mkf.ops.key_conv2d`: out[n, c] = conv(x[n, c], scale[c] * key[index[c]] + shift[c]) + bias[c].
 
 Each module has `why_not(device)`, the reason it cannot run there, `why_not_call(x, plan, stride, padding, dilation)`,
-the reason it cannot serve such a call (None if it can), and two functions that only compute:
+the reason it cannot serve such a call (None if it can; of x only shape, dtype, strides and device count, as the answer
+is kept), and two functions that only compute:
 
     key_conv2d(x, plan, index, scale, shift, bias, stride, padding, dilation, out)
     key_conv2d_backward(dy, x, plan, index, scale, shift, stride, padding, dilation, dx, d_scale, d_shift, d_bias)
@@ -38,7 +39,8 @@ class KeyPlan(NamedTuple):
         key[r, c] = sum over t < terms of columns[t, r] * rows[t, c] + box + (tap if (r, c) == (tap_row, tap_column))
 
     A plan is never written to, and the same keys get the same object again while they are in use, so what an
-    implementation derives from a plan can be kept with it. Only keys that train get a new one each time.
+    implementation derives from a plan can be kept with it: plans are equal only to themselves and hashed as quickly.
+    Only keys that train get a new one each time.
 
     Attributes:
         keys: (K, k, k), as the caller holds them and on the device of x; all else is on the CPU.
@@ -63,6 +65,12 @@ class KeyPlan(NamedTuple):
     tap_row: Tensor
     tap_column: Tensor
     error: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def multiply_adds(self, shift: bool = False) -> Tensor:
         """Multiply-adds per output of each key, (K,) int32: 2 k a term, 1 a tap, 2 k for a box, k * k if no cheaper.

@@ -505,6 +505,63 @@ class TestKeysInUse:
         with pytest.raises(ValueError, match="channel 2"):
             key_conv2d(*problem.tensors(), padding=3, backend=backend)
 
+    def test_a_call_that_is_repeated_is_looked_at_again(self, backend, monkeypatch):
+        """What was checked and chosen once is kept with the tensors, which may change in every way."""
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+
+        def call():
+            return key_conv2d(*problem.tensors(), padding=3, backend=backend)
+
+        def is_right():
+            out = call()
+            assert torch.equal(out, call())
+            expected = problem.torch(torch.float64, *problem.tensors()).float()
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+        is_right()
+        problem.scale.data = noise(24)[::2]  # of other strides
+        is_right()
+        problem.shift.add_(1)
+        problem.bias.data = noise(12, seed=3)
+        is_right()
+        problem.x = problem.x.to(memory_format=torch.channels_last)
+        is_right()
+        problem.keys.requires_grad_()
+        is_right()
+        (d_keys,) = torch.autograd.grad(call().sum(), problem.keys)
+        assert d_keys.any()
+        problem.keys.requires_grad_(False)
+        is_right()
+        problem.shift[3] = torch.nan
+        with pytest.raises(ValueError, match="shift is not finite"):
+            call()
+        problem.shift[3] = 0
+        is_right()
+        problem.bias.data = noise(13)
+        with pytest.raises(ValueError, match="bias has shape"):
+            call()
+        problem.bias.data = noise(12).double()
+        with pytest.raises(TypeError, match=r"bias is torch\.float64"):
+            call()
+        problem.bias = None
+        is_right()
+        backend = None
+        is_right()
+        monkeypatch.setenv("MKF_BACKEND", "fortran")
+        with pytest.raises(ValueError, match="MKF_BACKEND='fortran'"):
+            call()
+
+    def test_results_of_a_computation_are_not_kept(self):
+        from mkf.ops.key_conv2d import eager
+
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        leaf = problem.scale.requires_grad_()
+        before = len(eager._kept)
+        for _ in range(3):
+            problem.scale = leaf.exp()
+            key_conv2d(*problem.tensors(), padding=3)
+        assert len(eager._kept) == before
+
     def test_writing_to_saved_parameters_before_backward_is_noticed(self):
         problem = Problem((1, 12, 9, 8), KEYS["analytic"])
         out = key_conv2d(problem.x.requires_grad_(), *problem.tensors()[1:], padding=3)

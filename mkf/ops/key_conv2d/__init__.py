@@ -11,7 +11,7 @@ from torch import Tensor
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.registry import choose, passed_over
 from mkf.ops.key_conv2d import compute, eager, operator  # noqa: F401 (the operator registers itself)
-from mkf.ops.key_conv2d.check import Checked, check, check_once
+from mkf.ops.key_conv2d.check import check_input, check_parameters
 
 Sizes = int | Sequence[int]
 
@@ -70,32 +70,33 @@ def key_conv2d(
         TypeError: Dtypes that are no floating-point numbers or do not go together.
         BackendError: The implementation asked for cannot run there, or cannot serve this call.
     """
-    some_bias = x if bias is None else bias
-    watched = eager.is_watched(x, keys, index, scale, shift, some_bias)
-    if watched or torch._C._is_any_autocast_enabled():
-        x, keys = _prepared(x, keys, index, scale, shift, bias)
-        watched = eager.is_watched(x, keys, index, scale, shift, some_bias)
-    checked = _checked(x, keys, index, scale, shift, bias, stride, padding, dilation)
-    single = x.ndim == 3
-    if not checked.ready:
-        index = index.clamp(-1, keys.shape[0]).to(torch.int32)  # what is out of range stays so
-        keys, scale, shift = keys.to(checked.dtype), scale.to(checked.dtype), shift.to(checked.dtype)
-        bias = None if bias is None else bias.to(checked.dtype)
-        x = x[None] if single else x
-    options = (
-        checked.stride,
-        checked.padding,
-        checked.dilation,
-        None if keys.requires_grad else tolerance,
-        backend or "",
-    )
-    if not (watched or x.is_meta or x.is_neg()):
-        out = eager.run(x, keys, index, scale, shift, bias, *options, checked.size)
+    if torch._C._is_any_autocast_enabled():
+        x = _autocast(x)
+    if plain := eager.is_plain(x, keys, index, scale, shift, bias):
+        options = stride, padding, dilation, tolerance, backend
+        call = eager.find(x, keys, index, scale, shift, bias, options)
+        if call is not None:
+            return eager.run(call, x, keys, index, scale, shift, bias)
+
+    q = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
+    geometry = check_input(x, q, stride, padding, dilation)
+    check_parameters(x, index, scale, shift, bias)
+    # As the implementations take them; an index out of range stays so.
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    index32 = index if index.dtype == torch.int32 else index.clamp(-1, q.shape[0]).to(torch.int32)
+    wide = scale.to(dtype), shift.to(dtype), None if bias is None else bias.to(dtype)
+    tensors = (x if x.ndim == 4 else x[None], q.to(dtype), index32, *wide)
+    planned = None if q.requires_grad else tolerance
+    if plain or eager.is_plain(*tensors):
+        call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
+        if plain and all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
+            eager.keep(call, *tensors, options)
+        out = eager.run(call, *tensors)
     elif eager.is_transformed():
-        out = compute.written_out(x, keys, index, scale, shift, bias, *options)
+        out = compute.written_out(*tensors, *geometry)
     else:
-        out = torch.ops.mkf.key_conv2d(x, keys, index, scale, shift, bias, *options)
-    return out[0] if single else out
+        out = torch.ops.mkf.key_conv2d(*tensors, *geometry, planned, backend or "")
+    return out if x.ndim == 4 else out[0]
 
 
 def explain_key_conv2d(
@@ -111,16 +112,15 @@ def explain_key_conv2d(
 
     The arguments are those of `key_conv2d` and refused alike. Nothing is computed.
     """
-    index = torch.zeros(x.shape[-3] if isinstance(x, Tensor) and x.ndim > 2 else 0, dtype=torch.int32)
-    index = index.to(x.device) if isinstance(x, Tensor) else index
-    x, keys = _prepared(x, keys, index, index.float(), index.float(), None)
-    checked = _checked(x, keys, index, index.float(), index.float(), None, stride, padding, dilation)
+    x = _autocast(x)
+    keys = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
+    geometry = check_input(x, keys, stride, padding, dilation)
     x = x if x.ndim == 4 else x[None]
     x = x.contiguous(memory_format=compute.layout_of(x))
-    plan = plan_of(keys.to(checked.dtype).contiguous(), None if keys.requires_grad else tolerance)
+    plan = plan_of(keys.contiguous(), None if keys.requires_grad else tolerance)
 
     def why_not_call(module: ModuleType) -> str | None:
-        reason: str | None = module.why_not_call(x, plan, checked.stride, checked.padding, checked.dilation)
+        reason: str | None = module.why_not_call(x, plan, *geometry)
         return reason
 
     chosen = choose("key_conv2d", x.device, backend, why_not_call)
@@ -128,52 +128,15 @@ def explain_key_conv2d(
     return "; ".join([f"{chosen.name}: {chosen.description}", *(f"not {name}: {why}" for name, why in reasons.items())])
 
 
-def _prepared(x: Any, keys: Any, index: Any, scale: Any, shift: Any, bias: Any) -> tuple[Tensor, Tensor]:
-    """Refuse what is no tensor; x in the dtype of autocast, and keys as a tensor where x is."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, not {type(x).__name__}")
-    if hasattr(keys, "filters"):
-        keys = _filters(keys, x.device)
-    if not isinstance(keys, Tensor):
-        raise TypeError(f"keys: expected a KeySet or a tensor, not {type(keys).__name__}")
-    for name, t in (("index", index), ("scale", scale), ("shift", shift), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (t is None and name == "bias"):
-            raise TypeError(f"{name}: expected a tensor, not {type(t).__name__}")
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    return x, keys
+def _autocast(x: Any) -> Any:
+    """The input of a convolution as autocast wants it."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta:
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x
 
 
 @lru_cache(64)
 def _filters(keys: Any, device: torch.device) -> Tensor:
     filters: Tensor = keys.filters
     return filters.to(device)
-
-
-def _checked(
-    x: Tensor,
-    keys: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes | str,
-    dilation: Sizes,
-) -> Checked:
-    if x.layout is not torch.strided:
-        raise TypeError(f"x is not a dense tensor but {x.layout}")
-    tensors = (
-        (x.shape, x.dtype, x.device),
-        (keys.shape, keys.dtype, keys.device),
-        (index.shape, index.dtype, index.device),
-        (scale.shape, scale.dtype, scale.device),
-        (shift.shape, shift.dtype, shift.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
-    )
-    if torch.compiler.is_compiling():
-        return check(*tensors, stride, padding, dilation)
-    if list in (type(stride), type(padding), type(dilation)):  # which cannot be looked up
-        return check(*tensors, stride, padding, dilation)
-    return check_once(*tensors, stride, padding, dilation)

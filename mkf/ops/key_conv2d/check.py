@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,94 +16,76 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 Pair = tuple[int, int]
 
-Described = tuple[Sequence[int], torch.dtype, torch.device]
-"""A tensor as far as its values do not matter."""
 
-
-class Checked(NamedTuple):
-    """What `check` makes of the arguments.
-
-    Attributes:
-        stride: Vertical, horizontal.
-        padding: Rows and columns of zeros on every side.
-        dilation: Vertical, horizontal.
-        dtype: Of the parameters in the computation.
-        ready: Whether they have that dtype, the index is int32, and x has four dimensions.
-        size: Of the output, (N, C, H, W).
-    """
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    dtype: torch.dtype
-    ready: bool
-    size: tuple[int, ...]
-
-
-def check(
-    x: Described,
-    keys: Described,
-    index: Described,
-    scale: Described,
-    shift: Described,
-    bias: Described | None,
+def check_input(
+    x: Tensor,
+    keys: Tensor,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
-) -> Checked:
-    """Refuse sizes, dtypes and devices that do not go together.
+) -> tuple[Pair, Pair, Pair]:
+    """Refuse an input and keys that are none or do not go together; stride, padding and dilation as pairs.
 
     Raises:
-        ValueError: Sizes and devices.
-        TypeError: Dtypes.
+        ValueError: Sizes, options and devices.
+        TypeError: What is no tensor of floating-point numbers.
     """
-    shape, dtype, device = x
-    if dtype not in DTYPES:
-        raise TypeError(f"x is {dtype}: convert it to float32, bfloat16, float16 or float64")
-    if len(shape) not in (3, 4) or 0 in shape[-3:]:
-        raise ValueError(f"x has shape {tuple(shape)}: expected (N, C, H, W) or (C, H, W); only N may be 0")
-    channels, height, width = shape[-3:]
-
-    keys_shape, keys_dtype, keys_device = keys
-    if len(keys_shape) != 3 or keys_shape[1] != keys_shape[2] or keys_shape[2] not in KERNEL_SIZES:
-        raise ValueError(f"keys have shape {tuple(keys_shape)}: expected (K, k, k) with k one of {KERNEL_SIZES}")
-    count, k = int(keys_shape[0]), int(keys_shape[2])
+    _check_tensor("x", x)
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"keys: expected a KeySet or a tensor, not {type(keys).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x is not a dense tensor but {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}: convert it to float32, bfloat16, float16 or float64")
+    if x.ndim not in (3, 4) or 0 in x.shape[-3:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, C, H, W) or (C, H, W); only N may be 0")
+    if keys.ndim != 3 or keys.shape[1] != keys.shape[2] or keys.shape[2] not in KERNEL_SIZES:
+        raise ValueError(f"keys have shape {tuple(keys.shape)}: expected (K, k, k) with k one of {KERNEL_SIZES}")
+    count, k = int(keys.shape[0]), int(keys.shape[2])
     if not 1 <= count <= MAX_KEYS:
         raise ValueError(f"there are {count} keys: expected 1 to {MAX_KEYS}")
-    if keys_dtype not in DTYPES:
-        raise TypeError(f"keys are {keys_dtype}: convert them to float32")
-    if keys_device != device:
-        raise ValueError(f"keys are on {keys_device}, x is on {device}: move them to one device")
-
-    for name, described in (("index", index), ("scale", scale), ("shift", shift), ("bias", bias)):
-        if described is None:
-            continue
-        its_shape, its_dtype, its_device = described
-        if len(its_shape) != 1 or its_shape[0] != channels:
-            raise ValueError(
-                f"{name} has shape {tuple(its_shape)}, but x has {channels} channels: expected ({channels},)"
-            )
-        if its_device != device:
-            raise ValueError(f"{name} is on {its_device}, x is on {device}: move them to one device")
-        if name == "index":
-            if its_dtype not in INTEGERS:
-                raise TypeError(f"index is {its_dtype}: expected integers")
-        elif its_dtype not in (torch.float32, dtype):
-            raise TypeError(f"{name} is {its_dtype}, x is {dtype}: make {name} float32 or {dtype}")
-
+    if keys.dtype not in DTYPES:
+        raise TypeError(f"keys are {keys.dtype}: convert them to float32")
+    if keys.device != x.device:
+        raise ValueError(f"keys are on {keys.device}, x is on {x.device}: move them to one device")
     steps, zeros, spread = geometry(k, stride, padding, dilation)
+    height, width = x.shape[-2:]
     if height + 2 * zeros[0] <= spread[0] * (k - 1) or width + 2 * zeros[1] <= spread[1] * (k - 1):
         raise ValueError(
             f"x of {height}x{width} is smaller than a {k}x{k} filter of dilation {spread} with padding {zeros}"
         )
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    same = index[1] == torch.int32 and all(t is None or t[1] == wide for t in (keys, scale, shift, bias))
-    size = output_size(shape if len(shape) == 4 else (1, *shape), k, steps, zeros, spread)
-    return Checked(steps, zeros, spread, wide, same and len(shape) == 4, size)
+    return steps, zeros, spread
 
 
-check_once = lru_cache(4096)(check)
-"""The same where it was asked before, as it nearly always was for a layer."""
+def check_parameters(x: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None) -> None:
+    """Refuse parameters that do not go with x, all but their values.
+
+    Raises:
+        ValueError: Sizes and devices.
+        TypeError: What is no tensor, and dtypes.
+    """
+    channels = x.shape[-3]
+    parameters = {"index": index, "scale": scale, "shift": shift}
+    if bias is not None:
+        parameters["bias"] = bias
+    for name, p in parameters.items():
+        _check_tensor(name, p)
+        if p.ndim != 1 or p.shape[0] != channels:
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)}, but x has {channels} channels: expected ({channels},)"
+            )
+        if p.device != x.device:
+            raise ValueError(f"{name} is on {p.device}, x is on {x.device}: move them to one device")
+        if name == "index":
+            if p.dtype not in INTEGERS:
+                raise TypeError(f"index is {p.dtype}: expected integers")
+        elif p.dtype not in (torch.float32, x.dtype):
+            raise TypeError(f"{name} is {p.dtype}, x is {x.dtype}: make {name} float32 or {x.dtype}")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, not {type(value).__name__}")
 
 
 def geometry(
@@ -152,11 +133,16 @@ def check_values(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> N
     count = keys.shape[0]
     if low < 0 or high >= count:
         raise ValueError(f"index is out of range [0, {count}) {_where((index < 0) | (index >= count))}")
-    # The sum is not finite where anything in it is not; or where it overflows, so look closer then.
-    if scale.is_cpu and not math.isfinite(scale.dot(shift).item()):
+    if not are_finite(scale, shift):
         for name, p in (("scale", scale), ("shift", shift)):
             if not p.isfinite().all():
                 raise ValueError(f"{name} is not finite {_where(~p.isfinite())}")
+
+
+def are_finite(scale: Tensor, shift: Tensor) -> bool:
+    """Whether they certainly are, on the CPU; elsewhere nobody looks. Large values can make it doubt finite ones."""
+    # The sum is not finite where anything in it is not, or where it overflows.
+    return not scale.is_cpu or math.isfinite(scale.dot(shift).item())
 
 
 _range = Derived(lambda index: (int(index.min()), int(index.max())))

@@ -12,16 +12,31 @@ from mkf.kernels.key_conv2d import KeyPlan
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.key_conv2d.reference import weight_gradient
 from mkf.kernels.registry import choose
-from mkf.ops.key_conv2d.check import Pair, check_values
+from mkf.ops.key_conv2d.check import Pair, check_values, output_size
 
 
 class Call(NamedTuple):
-    """What forward and backward of one call have in common; `parameters` are index, scale and shift."""
+    """One call but for its data: what forward and backward have in common.
+
+    Attributes:
+        implementation: The module that computes.
+        plan: Of the keys.
+        index: (C,), contiguous, as the next two.
+        scale: (C,).
+        shift: (C,).
+        layout: Of x and all that has its dimensions.
+        size: Of the output.
+        options: Stride, padding, dilation, tolerance and backend.
+    """
 
     implementation: ModuleType
     plan: KeyPlan
+    index: Tensor  # type: ignore[assignment]  # it hides the method of tuples
+    scale: Tensor
+    shift: Tensor
     layout: torch.memory_format
-    parameters: tuple[Tensor, Tensor, Tensor]
+    size: Sequence[int]
+    options: tuple[Any, ...]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -34,27 +49,41 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channel < row and channel < column else torch.contiguous_format
 
 
-def forward(
+def prepare(
     x: Tensor,
     keys: Tensor,
     index: Tensor,
     scale: Tensor,
     shift: Tensor,
-    bias: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
     tolerance: float | None,
     backend: str,
-    size: tuple[int, ...],
-) -> tuple[Tensor, Call]:
-    """Check the values, choose an implementation and run it; `size` is that of the output."""
+) -> Call:
+    """Check the values, plan the keys and choose an implementation; of x only shape, dtype and layout count.
+
+    Raises:
+        ValueError: Values that are refused.
+        BackendError: The implementation asked for cannot run or serve this call.
+    """
     index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
     check_values(keys, index, scale, shift)
     plan = plan_of(keys.contiguous(), tolerance)
     layout = layout_of(x)
     x = x.contiguous(memory_format=layout)
-    implementation = _choose(x, plan, stride, padding, dilation, backend)
+    implementation = choose(
+        "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
+    )
+    size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
+    options = stride, padding, dilation, tolerance, backend
+    return Call(implementation.load(), plan, index, scale, shift, layout, size, options)
+
+
+def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The output for x and bias."""
+    implementation, plan, index, scale, shift, layout, size, (stride, padding, dilation, _, _) = call
+    x = x.contiguous(memory_format=layout)
     if x.shape == size:
         out = torch.empty_like(x, memory_format=layout)  # half a microsecond faster
     else:
@@ -62,45 +91,14 @@ def forward(
     if size[0] > 0:
         bias = None if bias is None else bias.contiguous()
         implementation.key_conv2d(x, plan, index, scale, shift, bias, stride, padding, dilation, out)
-    return out, Call(implementation, plan, layout, (index, scale, shift))
-
-
-def resume(
-    dy: Tensor,
-    x: Tensor | None,
-    keys: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    tolerance: float | None,
-    backend: str,
-    size: Sequence[int],
-) -> Call:
-    """The call that `gradients` needs, where only its arguments are left of it; `size` is that of the input."""
-    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
-    check_values(keys, index, scale, shift)
-    plan = plan_of(keys.contiguous(), tolerance)
-    layout = layout_of(dy if x is None else x)
-    like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
-    implementation = _choose(like_x, plan, stride, padding, dilation, backend)
-    return Call(implementation, plan, layout, (index, scale, shift))
+    return out
 
 
 def gradients(
-    call: Call,
-    dy: Tensor,
-    x: Tensor | None,
-    wanted: Sequence[bool],
-    size: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool], size: Sequence[int]
 ) -> list[Tensor | None]:
     """Gradients for x, keys, scale, shift and bias; None where none is wanted. `size` is that of x."""
-    implementation, plan, layout, (index, scale, shift) = call
+    implementation, plan, index, scale, shift, layout, _, (*geometry, _, _) = call
     dy = dy.contiguous(memory_format=layout)
     x = None if x is None else x.contiguous(memory_format=layout)
     dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout) if wanted[0] else None
@@ -113,7 +111,7 @@ def gradients(
     if wanted[1]:
         # There must be a gradient of every filter; from it scale and shift have theirs too.
         assert x is not None
-        dw = weight_gradient(dy, x, plan.keys.shape[-1], stride, padding, dilation)
+        dw = weight_gradient(dy, x, plan.keys.shape[-1], *geometry)
         member = index == torch.arange(len(plan.keys), device=index.device)[:, None]  # a product with it adds up by key
         d_keys = ((member * scale) @ dw.flatten(1)).view_as(plan.keys)
         if d_scale is not None:
@@ -122,9 +120,7 @@ def gradients(
             d_shift.copy_(dw.sum((1, 2)))
         left = None, None
     if not (dx is None and d_bias is None and left == (None, None)):
-        implementation.key_conv2d_backward(
-            dy, x, plan, index, scale, shift, stride, padding, dilation, dx, *left, d_bias
-        )
+        implementation.key_conv2d_backward(dy, x, plan, index, scale, shift, *geometry, dx, *left, d_bias)
     return [dx, d_keys, d_scale, d_shift, d_bias]
 
 
@@ -136,10 +132,3 @@ def written_out(
     filters = (scale[:, None, None] * keys[index] + shift[:, None, None])[:, None].to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, filters, bias, stride, padding, dilation, groups=x.shape[1])
-
-
-def _choose(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair, backend: str) -> ModuleType:
-    """The module of the implementation for this call."""
-    return choose(
-        "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
-    ).load()

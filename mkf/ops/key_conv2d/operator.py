@@ -13,10 +13,7 @@ from mkf.ops.key_conv2d.check import output_size
 def _forward(
     x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None, *options: Any
 ) -> Tensor:
-    stride, padding, dilation, tolerance, backend = options
-    size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
-    arguments = (index, scale, shift, bias, stride, padding, dilation, tolerance, backend)
-    return compute.forward(x, keys, *arguments, size)[0]
+    return compute.forward(compute.prepare(x, keys, index, scale, shift, *options), x, bias)
 
 
 def _forward_fake(
@@ -39,10 +36,10 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients for x, keys, scale, shift and bias; a tensor of no element where none is wanted."""
-    stride, padding, dilation, tolerance, backend = options
-    call = compute.resume(dy, x, keys, index, scale, shift, stride, padding, dilation, tolerance, backend, size)
-    gradients = compute.gradients(call, dy, x, wanted, size, stride, padding, dilation)
-    return tuple(dy.new_empty(0) if t is None else t for t in gradients)
+    layout = compute.layout_of(dy if x is None else x)
+    like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
+    call = compute.prepare(like_x, keys, index, scale, shift, *options)._replace(layout=layout)
+    return tuple(dy.new_empty(0) if t is None else t for t in compute.gradients(call, dy, x, wanted, size))
 
 
 def _backward_fake(
