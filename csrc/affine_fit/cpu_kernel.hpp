@@ -293,7 +293,9 @@ static void finish(const AffineFit& p, const ArrangedKeys& keys, bool streams, s
     const Vec rest = block.sum * broadcast(1.0f / static_cast<float>(block.taps));
     const Vec squares = fnma(block.sum, rest, block.squares);  // about the mean
     const Vec mean = block.centre + rest;
-    const Mask ordinary = (squares > max(broadcast(1e-28f), mean * mean * broadcast(1e-10f))) &
+    // A float64 filter is here rounded to float32 with its offset, which may not be large then.
+    constexpr float farthest = std::is_same_v<T, double> ? 1e-3f : 1e-10f;
+    const Mask ordinary = (squares > max(broadcast(1e-28f), mean * mean * broadcast(farthest))) &
                           (broadcast(1e30f) > squares);
     for (int b = 0; b < candidates.count; ++b) {
         const Choice& c = candidates.best[b];

@@ -76,13 +76,10 @@ def test_a_common_offset_costs_nothing(fit, offset):
     assert_agrees(fit(filters, keys), filters, keys)
 
 
-@pytest.mark.parametrize("offset", [1e4, -1e9])
-@pytest.mark.parametrize("backend", ["numba", "reference"])  # native rounds to float32 before the mean leaves
-def test_a_common_offset_in_float64(backend, offset):
-    if backend == "numba":
-        pytest.importorskip("numba")
+@pytest.mark.parametrize("offset", [30.0, 1e4, -1e9])
+def test_a_common_offset_in_float64(fit, offset):
     filters, keys = noise(500, 7, 7).double() + offset, noise(8, 7, 7, seed=1)
-    assert_agrees(affine_fit(filters, keys, backend=backend), filters, keys)
+    assert_agrees(fit(filters, keys), filters, keys)
 
 
 @pytest.mark.parametrize("tap", [0, 24, 48])
