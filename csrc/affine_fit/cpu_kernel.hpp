@@ -356,7 +356,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
 
     // A prefetch is slow while the translation of its page is not known; a load further ahead makes it known.
     const std::int64_t filter_bytes = p.stride * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t part = filter_bytes * W / (taps / 8 * groups);
+    const std::int64_t all_parts = filter_bytes * W / (taps / 8 * groups), most = 1024;
+    const std::int64_t part = all_parts < most ? all_parts : most;  // far apart filters are not worth all that is between
     const int filters_a_page = static_cast<int>(filter_bytes <= 0 || filter_bytes > page ? 1 : page / filter_bytes);
     const auto touch_pages = [&](std::int64_t first) {
         for (int lane = 0; lane < W; lane += filters_a_page) {
@@ -368,7 +369,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
     Columns<Row<T>> columns = columns_of(begin);
     for (int t = 0; t + 1 < taps; t += 8) columns.eight();
     columns.last();
-    const bool streams = p.count >= stream_from;
+    const bool streams = p.count >= stream_from && can_stream(p.index) && can_stream(p.scale) && can_stream(p.shift) &&
+                         can_stream(p.residual);
     std::vector<Choice> best(p.best);
     Candidates candidates{best.data(), p.best};
     for (std::int64_t b = begin; b < end; ++b) {

@@ -3,6 +3,8 @@
 // Every file that includes this header defines MKF_ISA (avx512, avx2 or portable) and is compiled with the matching
 // flags; all code that depends on the width lives in namespace mkf::MKF_ISA, so that no two instruction sets ever share
 // an inline function.
+//
+// `stream` stores past the caches, where the address allows it (`can_stream`); other threads see it after `end_streams`.
 #pragma once
 
 #include <cmath>
@@ -184,6 +186,8 @@ inline void halves_to_floats(const Half* in, float* out, int n) {
 inline void to_floats(const BFloat16* in, float* out, int n) { halves_to_floats(in, out, n); }
 inline void to_floats(const Float16* in, float* out, int n) { halves_to_floats(in, out, n); }
 #endif
+
+inline bool can_stream(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec) == 0; }
 
 // Brings a line to the second cache; any address will do. Always in line: gcc takes a function that only prefetches for one
 // without effect and drops calls of it.

@@ -239,6 +239,24 @@ def test_filters_that_are_converted_in_pieces(fit):
     assert all(torch.equal(x, y) for x, y in zip(fit(filters, keys), fit(filters.float(), keys), strict=True))
 
 
+@pytest.mark.parametrize("isa", [isa for name, isa in runnable() if name == "native"])
+def test_many_outputs_at_any_address(isa, monkeypatch):
+    """Outputs that no cache would keep are written past it where their address allows that, and come out the same."""
+    from mkf.kernels.affine_fit import native
+    from mkf.ops.affine_fit import _prepare
+
+    monkeypatch.setenv("MKF_ISA", isa)
+    filters, keys = noise(100, 3, 3).repeat(1000, 1, 1), noise(2, 3, 3, seed=1)
+    few = affine_fit(filters[:100], keys, backend="native")
+    for offset in (0, 1, 16):
+        dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
+        outputs = [torch.full((len(filters) + 20, 1), 7, dtype=dtype) for dtype in dtypes]
+        inner = [x[offset : offset + len(filters)] for x in outputs]
+        native.affine_fit(filters, _prepare(keys), False, *inner)
+        assert all(torch.equal(x.view(1000, 100), y.expand(1000, 100)) for x, y in zip(inner, few, strict=True))
+        assert all((x[:offset] == 7).all() and (x[offset + len(filters) :] == 7).all() for x in outputs)
+
+
 def test_real_filters(fit, data_dir):
     from safetensors.torch import load_file
 
