@@ -24,14 +24,11 @@ void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads) {
     AffineFit padded_problem = problem;
     padded_problem.inverse_norms = inverse_norms.data();
     padded_problem.key_means = means.data();
-    std::vector<float> panels(static_cast<std::size_t>(taps) * problem.keys_count);
-    const int passes = (problem.keys_count + keys_at_once - 1) / keys_at_once;
-    for (int pass = 0, j = 0; pass < passes; ++pass) {
-        const int next = problem.keys_count * (pass + 1) / passes, count = next - j;
-        for (int t = 0; t < taps; ++t)
-            for (int i = 0; i < count; ++i) panels[j * taps + t * count + i] = problem.keys[(j + i) * taps + t];
-        j = next;
-    }
+    const std::int64_t output_bytes = problem.count * problem.best * 4;
+    expect_to_fill(problem.index, output_bytes);
+    expect_to_fill(problem.scale, output_bytes);
+    expect_to_fill(problem.shift, output_bytes);
+    expect_to_fill(problem.residual, output_bytes);
     const ArrangedKeys keys{groups.data(), by_tap.data(), padded};
 #if defined(MKF_X86)
     if (isa == Isa::avx512) return avx512::affine_fit(padded_problem, keys, threads);

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -22,6 +26,19 @@ inline bool cpu_runs(Isa isa) {
     }
 #else
     return isa == Isa::portable;
+#endif
+}
+
+// Memory that is about to be filled for the first time: asks Linux for large pages, as a fault for every 4 KiB can take
+// longer than what is computed to fill them. Elsewhere, and where the pages exist, it changes nothing.
+inline void expect_to_fill(void* p, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t page = 4096, large_page = 1 << 21;
+    const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(p) + page - 1) / page * page;
+    const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(p) + bytes) / page * page;
+    if (first + large_page <= last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
 #endif
 }
 
