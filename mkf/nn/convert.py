@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -206,17 +207,16 @@ def _measure(
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in new]
     try:
-        model(*arguments)
+        with ExitStack() as hooks:
+            for name in new:
+                hooks.callback(model.get_submodule(name).register_forward_hook(compare(name)).remove)
+            model(*arguments)
+        device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
+        return _seconds(lambda: model(*arguments), device)
     finally:
-        for handle in handles:
-            handle.remove()
-    device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
-    seconds = _seconds(lambda: model(*arguments), device)
-    for module, training in modes:
-        module.training = training
-    return seconds
+        for module, training in modes:
+            module.training = training
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

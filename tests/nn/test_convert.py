@@ -116,6 +116,17 @@ def test_report_of_a_batch() -> None:
     assert "times as fast" in text
 
 
+def test_a_batch_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+    model = tiny().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="channels"):
+        convert(model, mkf.keys.paper8(), batch=torch.zeros(1, 5, 32, 32))
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="no report"):
+        conversion_report(model)
+
+
 class Odd(nn.Module):
     """One layer of every kind that is left alone, and one that is not."""
 
