@@ -179,7 +179,14 @@ class FilterBank:
 
     @classmethod
     def concat(cls, banks: Iterable[FilterBank]) -> FilterBank:
-        """Put banks one after the other, within each kernel size; nothing is copied or read."""
+        """Put banks one after the other, within each kernel size; nothing is copied or read.
+
+        Raises:
+            TypeError: Something else than a bank.
+        """
+        banks = tuple(banks)
+        if strange := [type(bank).__name__ for bank in banks if not isinstance(bank, cls)]:
+            raise TypeError(f"concat takes banks, not {strange[0]}: make one with from_model, from_checkpoint or open")
         return cls(chain.from_iterable(bank._shards for bank in banks))
 
     def save(self, path: str | os.PathLike[str]) -> None:

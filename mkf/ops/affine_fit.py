@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
 from mkf.kernels.registry import choose
-from mkf.ops.arguments import centred_keys, filters_tensor, keys_tensor, output_tensors, refuse_overlap
+from mkf.ops.arguments import (
+    centred_keys,
+    filters_tensor,
+    keys_tensor,
+    output_tensors,
+    refuse_overlap,
+    refuse_transforms,
+)
 from mkf.ops.combination import affine_combination
 
 
@@ -75,14 +82,16 @@ def affine_fit(
     Returns:
         An `AffineFit` on the device of the filters; `out` itself where it was given. Scale, shift and residual have
         gradients with respect to filters and keys (given as a tensor), at the chosen keys; by `backward` and
-        `torch.autograd.grad`, not in forward mode. A mean over residuals counts dead filters as 0 and is NaN with a
-        filter that is not finite: `fit_statistics` leaves both out.
+        `torch.autograd.grad`; forward mode and torch.func are refused, and numpy results have none. A mean over
+        residuals counts dead filters as 0 and is NaN with a filter that is not finite: `fit_statistics` leaves both
+        out. Scale and shift are infinite where float32 does not reach them, as it may be for float64 filters.
 
     Raises:
         ValueError: Shapes that are no filters or do not fit together, an empty bank, constant or not finite keys,
             options that exclude one another, or unfit `out`.
         TypeError: A dtype that is no floating-point number, or not that of the output it is meant for.
         RuntimeError: `out` where gradients are required, as torch's functions raise.
+        NotImplementedError: Derivatives in forward mode or by torch.func.
         BackendError: The implementation asked for cannot run there.
     """
     if method not in ("one", "combination"):
@@ -93,10 +102,13 @@ def affine_fit(
         raise ValueError("sign='positive' is for single keys: a combination's scales have any sign")
     if method == "combination" and backend:
         raise ValueError(f"backend={backend!r} is for single keys: leave it out for combinations")
+    if not isinstance(backend, str | None):
+        raise TypeError(f"backend={backend!r}: give the name of an implementation")
     f = filters_tensor(filters)
     q = keys_tensor(keys, f)
-    if topk is not None and not 1 <= topk <= len(q):
-        raise ValueError(f"topk={topk}: there are {len(q)} keys")
+    if topk is not None and not (isinstance(topk, int) and 1 <= topk <= len(q)):
+        raise ValueError(f"topk={topk!r}: expected a whole number from 1 to {len(q)}, the number of keys")
+    refuse_transforms(f, q)
 
     count, several = (len(f),), (len(f), topk or len(q))
     operator: Any

@@ -11,6 +11,7 @@ from mkf.kernels.extension import DTYPES
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 class CentredKeys(NamedTuple):
@@ -106,6 +107,19 @@ def output_tensors(
     return tensors
 
 
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise NotImplementedError where derivatives are wanted that a fit would leave out, or torch refuse obscurely."""
+    if torch.compiler.is_compiling():
+        return
+    forward_ad = torch.autograd.forward_ad
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in tensors) or (
+        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    ):
+        raise NotImplementedError(
+            "a fit has no derivatives in forward mode or by torch.func: use backward() or torch.autograd.grad"
+        )
+
+
 def refuse_overlap(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """Raise ValueError where an output may share memory with an input or with another output."""
     taken = [(name, *_memory(x)) for name, x in inputs.items()]
@@ -123,6 +137,8 @@ def _tensor(x: Any, what: str) -> Tensor:
     if isinstance(x, np.ndarray):
         if not x.dtype.isnative or any(s % x.itemsize or s < 0 for s in x.strides) or not x.flags.writeable:
             x = x.astype(x.dtype.newbyteorder("="), order="C")
+        if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+            raise TypeError(f"{what} are {x.dtype}: convert them to float32, float64 or float16")
         x = torch.from_numpy(x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: expected a tensor or a numpy array, not {type(x).__name__}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mkf.ops import stream
 from mkf.ops.affine_fit import AffineFit, affine_fit
+from mkf.ops.arguments import INTEGERS
 
 BINS = 1024
 UNIT_BITS = 24
@@ -143,8 +144,8 @@ def fit_statistics(
         TypeError: A dtype that is no floating-point number, or groups that are no integers.
         BackendError: The implementation asked for cannot run there.
     """
-    if not 1 <= bins <= 1 << UNIT_BITS:
-        raise ValueError(f"bins={bins}: use 1 to {1 << UNIT_BITS}")
+    if not (isinstance(bins, int) and 1 <= bins <= 1 << UNIT_BITS):
+        raise ValueError(f"bins={bins!r}: use a whole number from 1 to {1 << UNIT_BITS}")
     refuse_mixed_sizes(filters)
     total = len(filters)
     device = filters.device if isinstance(filters, Tensor) else torch.device("cpu")
@@ -334,9 +335,11 @@ def _grouping(groups: Any, filters: Any) -> _OneGroup | _Numbered | _Columns:
         if not hasattr(filters, "metadata"):
             raise ValueError(f"groups={groups!r}: only a bank has columns; give one integer a filter")
         return _Columns(names, single=isinstance(groups, str))
+    if isinstance(names, Sequence) and len(names) == 0 < len(filters):
+        raise ValueError(f"groups={groups!r}: give None for a single group, columns' names, or one integer a filter")
     numbers = torch.as_tensor(groups)
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise TypeError(f"groups are {numbers.dtype}: give integers, or the names of a bank's columns")
+    if numbers.dtype not in INTEGERS:
+        raise TypeError(f"groups are {numbers.dtype}: give integers such as int64, or the names of a bank's columns")
     if numbers.shape != (len(filters),):
         raise ValueError(
             f"groups have shape {tuple(numbers.shape)}: give one integer for each of {len(filters)} filters"

@@ -137,6 +137,11 @@ def test_batches_refuse_no_rows_and_unknown_columns(small_bank: FilterBank) -> N
         next(small_bank.batches(4, metadata=("colour", "model")))
 
 
+def test_concat_of_something_else(small_bank: FilterBank) -> None:
+    with pytest.raises(TypeError, match="concat takes banks, not Tensor"):
+        FilterBank.concat([small_bank, small_bank.select(k=7).filters])
+
+
 def test_concat_of_memory_and_disk(small_bank: FilterBank, tmp_path) -> None:
     small_bank.save(tmp_path / "bank")
     both = FilterBank.concat([small_bank, FilterBank.open(tmp_path / "bank")])

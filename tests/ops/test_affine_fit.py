@@ -1,5 +1,6 @@
 """What `affine_fit` accepts, refuses and returns."""
 
+import re
 import subprocess
 import sys
 
@@ -99,10 +100,14 @@ def test_no_filters(filters, keys):
 def test_options_that_are_none(filters, keys, monkeypatch):
     with pytest.raises(ValueError, match="sign="):
         mkf.affine_fit(filters, keys, sign="negative")
-    with pytest.raises(ValueError, match="there are 4 keys"):
-        mkf.affine_fit(filters, keys, topk=5)
-    with pytest.raises(ValueError, match="topk=0"):
-        mkf.affine_fit(filters, keys, topk=0)
+    for topk in (5, 0, -1, 2.0, "2"):
+        with pytest.raises(ValueError, match=re.escape(f"topk={topk!r}: expected a whole number from 1 to 4")):
+            mkf.affine_fit(filters, keys, topk=topk)
+    with pytest.raises(TypeError, match="backend=3"):
+        mkf.affine_fit(filters, keys, backend=3)
+    for dtype in (object, np.longdouble, np.complex64):
+        with pytest.raises(TypeError, match=f"filters are {np.dtype(dtype)}: convert them to float32"):
+            mkf.affine_fit(filters.numpy().astype(dtype), keys)
     with pytest.raises(ValueError, match="no such implementation; there are native"):
         mkf.affine_fit(filters, keys, backend="fortran")
     with pytest.raises(TypeError, match="int64"):
@@ -259,6 +264,20 @@ def test_gradients(filters, keys, topk, dtype):
     sum((w * x).sum() for w, x in zip(weights, line(f, q, fit.index), strict=True)).backward()
     torch.testing.assert_close(filters.grad, f.grad.to(dtype), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(keys.grad, q.grad.to(dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_other_derivatives_are_refused(filters, keys):
+    def residual(f):
+        return mkf.affine_fit(f, keys).residual
+
+    with pytest.raises(NotImplementedError, match="use backward"):
+        torch.func.grad(lambda f: residual(f).sum())(filters)
+    with pytest.raises(NotImplementedError, match="use backward"):
+        torch.func.jvp(residual, (filters,), (filters,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use backward"):
+        residual(torch.autograd.forward_ad.make_dual(filters, filters))
+    with torch.autograd.forward_ad.dual_level():  # which concerns other tensors
+        torch.testing.assert_close(residual(filters), mkf.affine_fit(filters, keys).residual)
 
 
 @pytest.mark.parametrize("sign", ["any", "positive"])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.derived import Derived
+from mkf.ops.arguments import INTEGERS
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 Pair = tuple[int, int]
 
