@@ -26,14 +26,6 @@ struct Lanes {
     bool full() const { return count == Vec::width; }
 };
 
-inline void prefetch_to_second_cache(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 2);
-#else
-    (void)p;
-#endif
-}
-
 inline Vec zero() { return broadcast(0.0f); }
 
 // The nearest bfloat16, ties to even; a NaN stays one.

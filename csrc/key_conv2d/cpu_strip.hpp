@@ -19,7 +19,7 @@ struct Ahead {
     void step() {
         for (Stream& s : streams) {
             const char* const end = s.at + s.lines * 64;
-            for (const char* line = s.at; line < end; line += 64) prefetch_to_second_cache(line);
+            for (const char* line = s.at; line < end; line += 64) prefetch(line);
             s.at = end;
         }
     }
