@@ -1,6 +1,7 @@
 // The affine fit on raw pointers: for each filter f the key q and the scalars a, b that minimise ||f - (a q + b)||.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../common/cpu.hpp"
@@ -25,6 +26,22 @@ struct AffineFit {
     float* shift;
     float* residual;
 };
+
+// Of squares about the mean to mean^2: below it float32 keeps too few digits beside the offset, and the fit is done in
+// double. Float64 filters are rounded to float32 with their offset, which therefore may not be large.
+constexpr float far_from_zero = 1e-10f, far_from_zero_in_float64 = 1e-3f;
+constexpr float recompute_above = 0.95f;  // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
+
+// What is written for filter `i` if no key explains it: it is constant, of this value, or not finite.
+MKF_ANYWHERE void answer_without_fit(const AffineFit& problem, std::int64_t i, bool finite, double value) {
+    for (int b = 0; b < problem.best; ++b) {
+        const std::int64_t at = i * problem.best + b;
+        problem.index[at] = finite ? b : -1;
+        problem.scale[at] = finite ? 0.0f : NAN;
+        problem.shift[at] = finite ? static_cast<float>(value) : NAN;
+        problem.residual[at] = finite ? 0.0f : NAN;
+    }
+}
 
 // One processor: `isa` is a level that cpu_runs() accepts.
 void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads);

@@ -22,7 +22,6 @@ constexpr int max_keys = 256;
 constexpr int prefetched = 128, touched = 192;  // filters between those that are computed and those that are asked for
 constexpr std::int64_t page = 4096;
 constexpr std::int64_t stream_from = 1 << 16;  // filters: more outputs than a second cache holds
-constexpr float recompute_above = 0.95f;       // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
 
 // A key for each lane.
 struct Choice {
@@ -212,22 +211,14 @@ static void fit_awkward(const AffineFit& p, std::int64_t i) {
         high = x[t] > high ? x[t] : high;
         mean += x[t] / taps;
     }
-    const std::int64_t at = i * p.best;
-    if (!finite || low == high) {
-        for (int b = 0; b < p.best; ++b) {
-            p.index[at + b] = finite ? b : -1;
-            p.scale[at + b] = finite ? 0.0f : NAN;
-            p.shift[at + b] = finite ? static_cast<float>(low) : NAN;
-            p.residual[at + b] = finite ? 0.0f : NAN;
-        }
-        return;
-    }
+    if (!finite || low == high) return answer_without_fit(p, i, finite, low);
     const double unit = high - mean > mean - low ? high - mean : mean - low;  // keeps the squares in range
     double squares = 0;
     for (int t = 0; t < taps; ++t) {
         x[t] = (x[t] - mean) / unit;
         squares += x[t] * x[t];
     }
+    const std::int64_t at = i * p.best;
     double dot[max_keys];
     bool taken[max_keys] = {};
     for (int j = 0; j < p.keys_count; ++j) {
@@ -293,9 +284,8 @@ static void finish(const AffineFit& p, const ArrangedKeys& keys, bool streams, s
     const Vec rest = block.sum * broadcast(1.0f / static_cast<float>(block.taps));
     const Vec squares = fnma(block.sum, rest, block.squares);  // about the mean
     const Vec mean = block.centre + rest;
-    // A float64 filter is here rounded to float32 with its offset, which may not be large then.
-    constexpr float farthest = std::is_same_v<T, double> ? 1e-3f : 1e-10f;
-    const Mask ordinary = (squares > max(broadcast(1e-28f), mean * mean * broadcast(farthest))) &
+    constexpr float far = std::is_same_v<T, double> ? far_from_zero_in_float64 : far_from_zero;
+    const Mask ordinary = (squares > max(broadcast(1e-28f), mean * mean * broadcast(far))) &
                           (broadcast(1e30f) > squares);
     for (int b = 0; b < candidates.count; ++b) {
         const Choice& c = candidates.best[b];

@@ -20,8 +20,6 @@
 
 namespace mkf::cuda {
 
-constexpr float recompute_above = 0.95f;  // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
-
 #if defined(__CUDACC__)
 using Quad = float4;
 #else
@@ -139,16 +137,7 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
         high = x > high ? x : high;
         mean += x / taps;
     }
-    const std::int64_t at = i * p.best;
-    if (!finite || low == high) {
-        for (int b = 0; b < p.best; ++b) {
-            p.index[at + b] = finite ? b : -1;
-            p.scale[at + b] = finite ? 0.0f : NAN;
-            p.shift[at + b] = finite ? static_cast<float>(low) : NAN;
-            p.residual[at + b] = finite ? 0.0f : NAN;
-        }
-        return;
-    }
+    if (!finite || low == high) return answer_without_fit(p, i, finite, low);
     const double unit = high - mean > mean - low ? high - mean : mean - low;  // keeps the squares in range
     double squares = 0;
 #pragma unroll 1
@@ -156,6 +145,7 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
         const double y = (tap(t) - mean) / unit;
         squares = fma(y, y, squares);
     }
+    const std::int64_t at = i * p.best;
     double last_score = HUGE_VAL;
     int last = -1;
     for (int b = 0; b < p.best; ++b) {  // the best of the keys that come after the last one taken
@@ -231,6 +221,7 @@ class ThreadFit {
 
     // Writes the results. `keys` is what stage_keys() laid out if that was all of them, else null.
     MKF_INLINE void finish(const float* keys, int window) const {
+        const float far = p.dtype == DType::float64 ? far_from_zero_in_float64 : far_from_zero;
         unsigned awkward = 0;
 #pragma unroll
         for (int f = 0; f < Filters; ++f) {
@@ -240,7 +231,7 @@ class ThreadFit {
             // What the rounded mean left behind: the exact mean is mean + rest, and the squares are about it.
             const float rest = sum[f] * (1.0f / static_cast<float>(taps));
             const float about_mean = fmaf(-sum[f], rest, squares[f]), centre = mean[f] + rest;
-            const float least = fmaxf(1e-28f, centre * centre * 1e-10f);
+            const float least = fmaxf(1e-28f, centre * centre * far);
             if (!(about_mean > least && about_mean < 1e30f)) {
                 awkward |= 1u << f;
                 continue;

@@ -9,6 +9,7 @@ from tests.kernels.affine_fit_float64 import assert_agrees
 from tests.kernels.pretender import enlist
 from tests.kernels.test_affine_fit import (  # noqa: F401
     noise,
+    test_a_common_offset_in_float64,
     test_constant_filters_are_dead,
     test_equal_keys_go_to_the_lowest_index,
     test_not_finite_filters_leave_their_neighbours_alone,
@@ -44,7 +45,7 @@ def test_dtypes(fit, dtype):
 @pytest.mark.parametrize("offset", [1e4, 5e4])
 def test_near_a_key_and_far_from_zero(fit, offset, dtype):
     keys = noise(8, 7, 7, seed=1)
-    filters = (-3 * keys[torch.arange(40) % 8] + 0.3 * noise(40, 7, 7) + offset).to(dtype)
+    filters = (-3 * keys[torch.arange(40) % 8] + 0.3 * noise(40, 7, 7)).to(dtype) + offset
     assert_agrees(fit(filters, keys), filters, keys)
 
 
