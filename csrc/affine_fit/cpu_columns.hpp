@@ -7,7 +7,7 @@
 namespace mkf::MKF_ISA {
 
 // Writes the columns of `Vec::width` rows of 8n + 1 numbers (float or BFloat16), which are `stride` apart, to `out` as
-// vectors: n times `eight`, then `last`.
+// vectors: n times `eight`, or its four steps in their order, then `last`.
 template <class T>
 class Columns {
    public:
@@ -15,7 +15,11 @@ class Columns {
         for (int q = 0; q < quads; ++q) row_[q] = rows + 4 * q * stride;
     }
 
-    MKF_ALWAYS_INLINE void eight();
+    MKF_ALWAYS_INLINE void eight() {
+        unroll<4>([&](auto i) MKF_ALWAYS_INLINE { step<i>(); });
+    }
+    template <int Step>
+    MKF_ALWAYS_INLINE void step();
     MKF_ALWAYS_INLINE void last();
 
    private:
@@ -57,16 +61,28 @@ inline __m256 high_half(__m256 x) {
     return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-template <>
-MKF_ALWAYS_INLINE inline void Columns<float>::eight() {
-    unroll<2>([&](auto half) MKF_ALWAYS_INLINE {
-        unroll<W / 8>([&](auto g) MKF_ALWAYS_INLINE {
-            const Four x = four_words(row_[2 * g], row_[2 * g + 1], stride_, 16 * half);
-            unroll<4>([&](auto c) MKF_ALWAYS_INLINE { _mm256_store_ps(out_ + (4 * half + c) * W + 8 * g, x.column[c]); });
+// In units of eight rows and four words, as many as there are steps or fewer.
+template <class T>
+template <int Step>
+MKF_ALWAYS_INLINE inline void Columns<T>::step() {
+    constexpr bool halves = std::is_same_v<T, BFloat16>;
+    constexpr int groups = W / 8, units = halves ? groups : 2 * groups;
+    if constexpr (Step * units % 4 == 0) {
+        constexpr int unit = Step * units / 4, g = unit % groups, right = unit / groups;
+        const Four x = four_words(row_[2 * g], row_[2 * g + 1], stride_, 16 * right);
+        unroll<4>([&](auto c) MKF_ALWAYS_INLINE {
+            if constexpr (halves) {
+                _mm256_store_ps(out_ + 2 * c * W + 8 * g, low_half(x.column[c]));
+                _mm256_store_ps(out_ + (2 * c + 1) * W + 8 * g, high_half(x.column[c]));
+            } else {
+                _mm256_store_ps(out_ + (4 * right + c) * W + 8 * g, x.column[c]);
+            }
         });
-    });
-    unroll<quads>([&](auto q) MKF_ALWAYS_INLINE { row_[q] += 8; });
-    out_ += 8 * W;
+    }
+    if constexpr (Step == 3) {
+        unroll<quads>([&](auto q) MKF_ALWAYS_INLINE { row_[q] += 8; });
+        out_ += 8 * W;
+    }
 }
 
 template <>
@@ -74,19 +90,6 @@ MKF_ALWAYS_INLINE inline void Columns<float>::last() {  // of the four that end 
     unroll<W / 8>([&](auto g) MKF_ALWAYS_INLINE {
         _mm256_store_ps(out_ + 8 * g, four_words(row_[2 * g], row_[2 * g + 1], stride_, -12).column[3]);
     });
-}
-
-template <>
-MKF_ALWAYS_INLINE inline void Columns<BFloat16>::eight() {
-    unroll<W / 8>([&](auto g) MKF_ALWAYS_INLINE {
-        const Four x = four_words(row_[2 * g], row_[2 * g + 1], stride_, 0);
-        unroll<4>([&](auto c) MKF_ALWAYS_INLINE {
-            _mm256_store_ps(out_ + 2 * c * W + 8 * g, low_half(x.column[c]));
-            _mm256_store_ps(out_ + (2 * c + 1) * W + 8 * g, high_half(x.column[c]));
-        });
-    });
-    unroll<quads>([&](auto q) MKF_ALWAYS_INLINE { row_[q] += 8; });
-    out_ += 8 * W;
 }
 
 template <>
@@ -99,8 +102,10 @@ MKF_ALWAYS_INLINE inline void Columns<BFloat16>::last() {
 #else
 
 template <class T>
-inline void Columns<T>::eight() {
-    for (int i = 0; i < 8; ++i) last();
+template <int Step>
+inline void Columns<T>::step() {
+    last();
+    last();
 }
 
 template <class T>

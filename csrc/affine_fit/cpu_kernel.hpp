@@ -151,23 +151,31 @@ static void try_keys(Block& block, const float* group, int j, bool positive, Can
     const float* tile = block.tile;
     const Vec centre = block.centre;
     Columns<RowType> columns = next;
-    const auto tap = [&]() MKF_ALWAYS_INLINE {
-        const Vec x = load(tile) - centre;
+    const auto tap = [&](int later) MKF_ALWAYS_INLINE {
+        const Vec x = load(tile + later * W) - centre;
         if (First) {
             sum = sum + x;
             squares = fma(x, x, squares);
         }
         unroll<Count>([&](auto i) MKF_ALWAYS_INLINE { dot[i] = fma(x, broadcast(group[i]), dot[i]); });
-        tile += W;
         group += Count;
     };
     for (int t = 0; t + 1 < block.taps; t += 8) {
         ahead.ask();
-        if (First) columns.eight();
-        MKF_NOT_UNROLLED for (int i = 0; i < 8; ++i) tap();
+        if constexpr (W == 16) {  // has registers enough to spread the transposition
+            unroll<4>([&](auto i) MKF_ALWAYS_INLINE {
+                if (First) columns.template step<i>();
+                tap(0);
+                tap(1);
+                tile += 2 * W;
+            });
+        } else {
+            if (First) columns.eight();
+            MKF_NOT_UNROLLED for (int i = 0; i < 8; ++i, tile += W) tap(0);
+        }
     }
     if (First) columns.last();
-    tap();
+    tap(0);
     if (First) block.sum = sum, block.squares = squares;
 
     const auto choice = [&](int i) MKF_ALWAYS_INLINE -> Choice {
