@@ -5,7 +5,7 @@ both layouts. The baseline is the copy of x to the output: no layer can be faste
 floor that it reaches.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -141,3 +141,9 @@ def fastest(result: Result, name: str) -> str:
     """The layout of a candidate, by its name without one, that took the least time."""
     rows = [row for row in result.rows if row.name in {f"{name}, {layout}" for layout in LAYOUTS}]
     return min(rows, key=lambda row: row.seconds).name
+
+
+def times_as_long(results: Sequence[Result]) -> dict[str, list[float]]:
+    """Time of each candidate but the copy / that of `MKF`, both in their fastest layouts, for each of the results."""
+    names = [row.name.removesuffix(", NCHW") for row in results[0].rows if row.name.endswith(", NCHW")]
+    return {name: [r.times_faster(fastest(r, MKF), fastest(r, name)) for r in results] for name in names}

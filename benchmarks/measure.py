@@ -1,5 +1,6 @@
 """Timing that survives a noisy machine: candidates take turns, and ratios are taken turn by turn."""
 
+import ctypes
 import json
 import math
 import os
@@ -94,6 +95,20 @@ def _timed(run: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees, until it ends; whether the C library can (glibc).
+
+    Otherwise it gives large blocks back, and who asks next waits for fresh pages: of a step of a network that can be a
+    tenth, and whose turn it falls into is chance.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

@@ -255,7 +255,7 @@ def bars(panels: Mapping[str, Mapping[str, float]], label: str) -> Figure:
         figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0], panels.items(), strict=True
     ):
         drawn = axes.barh(list(values), list(values.values()), color=_COLOURS[0], height=0.7)
-        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+        axes.bar_label(drawn, fmt="{:.3g}", padding=2, fontsize=7)
         axes.set_title(title, loc="left", fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.1)

@@ -1,5 +1,6 @@
 """`mkf bench`: our operators against one read of memory and against their peers, as ratios in one run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,13 +55,11 @@ def fit(
         if json is not None:
             measure.write(results, json)
         if figure is not None:
-            from mkf.analysis import figures
-
             panels = {
                 f"{filters:,} filters, {result.problem['keys']} keys": {row.name: row.ratio for row in result.rows}
                 for result in results
             }
-            figures.save(figures.bars(panels, "times one read of the filters"), figure)
+            _draw(panels, "times one read of the filters", figure)
 
 
 @app.command("conv")
@@ -78,6 +77,7 @@ def conv(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Candidates whose name starts so; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Time `KeyConv2d` against free and frozen convolutions, each in the faster of both layouts.
 
@@ -101,28 +101,33 @@ def conv(
             raise ValueError(f"--dtype {dtype}: use one of {', '.join(suite.DTYPES)}")
         if threads:
             torch.set_num_threads(threads)
-        results = []
+        own_names = [f"{suite.MKF}, {layout}" for layout in suite.LAYOUTS]
+        if figure is not None and only and not any(own.startswith(tuple(only)) for own in own_names):
+            raise ValueError(f"--figure shows times relative to those of {suite.MKF}: add --only {suite.MKF}")
+        results, panels = [], {}
         for name in cases:
             own = [suite.run(s, name, "backward" if backward else "forward", dtype, rounds, only) for s in shapes]
             results += own
-            peers = [row.removesuffix(", NCHW") for row in (r.name for r in own[0].rows) if row.endswith(", NCHW")]
             mode = "forward and backward" if backward else "forward"
-            table = Table(title=f"{name}: {mode}, {dtype}, {torch.get_num_threads()} threads", title_justify="left")
+            title = f"{name}: {mode}, {dtype}, {torch.get_num_threads()} threads"
+            table = Table(title=title, title_justify="left")
             table.add_column("times as long as mkf")
             for s in shapes:
                 table.add_column(", ".join(map(str, s)), justify="right")
             table.add_column("geometric mean", justify="right")
-            if suite.MKF in peers:
-                for peer in peers:
-                    ratios = [r.times_faster(suite.fastest(r, suite.MKF), suite.fastest(r, peer)) for r in own]
-                    mean = measure.geometric_mean(ratios)
-                    table.add_row(peer, *(f"{ratio:.2f}" for ratio in ratios), f"{mean:.2f}")
+            if _has(own[0], suite.MKF):
+                ratios = suite.times_as_long(own)
+                panels[title] = {peer: measure.geometric_mean(of_peer) for peer, of_peer in ratios.items()}
+                for peer, of_peer in ratios.items():
+                    table.add_row(peer, *(f"{ratio:.2f}" for ratio in of_peer), f"{panels[title][peer]:.2f}")
                 best = [r.row(suite.fastest(r, suite.MKF)) for r in own]
                 table.add_row("mkf, ms", *(f"{row.seconds * 1e3:.3f}" for row in best), "")
                 table.add_row("mkf, of the copy", *(f"{100 / row.ratio:.0f} %" for row in best), "")
             console.print(table)
         if json is not None:
             measure.write(results, json)
+        if figure is not None:
+            _draw(panels, "times as long as mkf, geometric mean over the shapes", figure)
 
 
 @app.command("model")
@@ -137,6 +142,7 @@ def model(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Variants whose name starts so; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Time a whole network with keys, with its peers, and without depthwise layers, the ceiling."""
     import torch
@@ -171,10 +177,19 @@ def model(
         console.print(table)
         if json is not None:
             measure.write([result], json)
+        if figure is not None:
+            _draw({title: suite.times_as_long(result)}, "times as long as without depthwise layers", figure)
+
+
+def _draw(panels: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
+    """Bars of ratios; panels by their titles, as `figures.bars` takes them."""
+    from mkf.analysis import figures
+
+    figures.save(figures.bars(panels, label), path)
 
 
 def _has(result: Any, name: str) -> bool:
-    return any(row.name.startswith(name) for row in result.rows)
+    return any(row.name.rpartition(", ")[0] == name for row in result.rows)
 
 
 def _shape(word: str) -> tuple[int, int, int]:

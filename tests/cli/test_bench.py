@@ -1,8 +1,12 @@
 import json
+import statistics
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from mkf.benchmarks import measure, models
 from mkf.cli import app
 
 
@@ -28,3 +32,82 @@ def test_bench_fit_names_the_candidates_when_none_is_meant():
     result = CliRunner().invoke(app, ["bench", "fit", "--filters", "10", "--only", "nonsense"])
     assert result.exit_code == 1
     assert "mkf native" in result.stderr
+
+
+def test_bench_conv_writes_table_results_and_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    out, figure = tmp_path / "conv.json", tmp_path / "conv.svg"
+    words = ["bench", "conv", "--shape", "1,16,8", "--case", "published", "--rounds", "2", "--only", "mkf"]
+    words += ["--only", "nn.Conv2d, weight frozen"]
+    result = CliRunner().invoke(app, [*words, "--json", str(out), "--figure", str(figure)])
+    assert result.exit_code == 0, result.output
+    assert "of the copy" in result.output
+    (written,) = json.loads(out.read_text())
+    assert written["baseline"] == written["rows"][0]["name"] == "copy"
+    drawn = figure.read_text()
+    assert "nn.Conv2d, weight frozen" in drawn
+    assert "geometric mean" in drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["conv", "--shape", "8,96"], "8,96,56"),
+        (["conv", "--case", "nonsense"], "published"),
+        (["conv", "--only", "nonsense", "--rounds", "1"], "mkf, NCHW"),
+        (["conv", "--only", "nn.Conv2d", "--figure", "conv.png"], "add --only mkf"),
+        (["model", "convnext_atto", "--size", "64", "--only", "nonsense"], "weights frozen"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(words, message):
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 1
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(models, "keep_memory", lambda: True)  # the other tests want theirs back
+    out, figure = tmp_path / "model.json", tmp_path / "model.svg"
+    words = ["bench", "model", "convnext_atto", "--batch", "1", "--size", "32", "--rounds", "1"]
+    words += ["--only", "mkf, channels-last", "--only", "nn.Conv2d, weights frozen, channels-last"]
+    result = CliRunner().invoke(app, [*words, "--json", str(out), "--figure", str(figure)])
+    assert result.exit_code == 0, result.output
+    assert "%" in result.output
+    (written,) = json.loads(out.read_text())
+    names = ["mkf, channels-last", "nn.Conv2d, weights frozen, channels-last"]
+    names += ["without depthwise layers, NCHW", "without depthwise layers, channels-last"]
+    assert [row["name"] for row in written["rows"]] == names
+    assert "nn.Conv2d, weights frozen" in figure.read_text()
+
+
+def test_share_removed_is_of_the_difference_to_no_layer_each_in_its_fastest_layout():
+    turns = {
+        "mkf, NCHW": [13.0, 15.0, 15.0],
+        "mkf, channels-last": [12.0, 14.0, 13.0],
+        "nn.Conv2d, weights frozen, NCHW": [20.0, 21.0, 24.0],
+        "nn.Conv2d, weights frozen, channels-last": [30.0, 30.0, 30.0],
+        "without depthwise layers, NCHW": [10.0, 11.0, 11.0],
+        "without depthwise layers, channels-last": [11.0, 12.0, 12.0],
+    }
+    rows = [measure.Row(name, statistics.median(own), 0.0, 0.0, 0.0, own) for name, own in turns.items()]
+    result = measure.Result({}, "without depthwise layers, channels-last", rows, {})
+    assert models.share_removed(result, models.FROZEN) == pytest.approx(8 / 10)
+    assert models.times_as_long(result) == pytest.approx(
+        {"mkf": 1.2, "nn.Conv2d, weights frozen": 2.0, "without depthwise layers": 1.0}
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_kept_memory_is_not_asked_for_again():
+    program = """
+import resource, torch
+from mkf.benchmarks.measure import keep_memory
+if not keep_memory():
+    raise SystemExit(0)
+torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)  # 64 MiB, 16384 pages
+assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
