@@ -147,13 +147,16 @@ class KeyConv2d(nn.Module):
 
         Raises:
             TypeError: It is no `nn.Conv2d`, or a subclass that computes otherwise.
-            ValueError: It is not depthwise with one filter a channel, pads with something else than zeros, is not
+            ValueError: It is not depthwise, has a channel multiplier, pads with something else than zeros, is not
                 square or of another size than the keys, or its filters are not finite.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"from_conv2d takes an nn.Conv2d, not a {type(conv).__name__}")
         if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
             raise TypeError(f"a {type(conv).__name__} computes otherwise than nn.Conv2d, so it has no equal here")
+        if conv.groups == conv.in_channels < conv.out_channels:
+            multiplier = conv.out_channels // conv.in_channels
+            raise ValueError(f"a channel multiplier of {multiplier}: KeyConv2d has one filter a channel")
         if not conv.groups == conv.in_channels == conv.out_channels:
             raise ValueError(
                 f"not a depthwise convolution with one filter a channel: {conv.in_channels} channels in, "

@@ -156,7 +156,7 @@ def test_what_is_left_alone_and_why() -> None:
     assert model.again is model.fits
     for name, word in {
         "small": "5x5",
-        "twice": "8 out",
+        "twice": "channel multiplier of 2",
         "reflects": "reflect",
         "normed": "parametrised",
         "hooked": "hooks",

@@ -156,7 +156,7 @@ class TestFromConv2d:
         ("conv", "error", "message"),
         [
             (nn.Conv2d(8, 8, 7), ValueError, "8 channels in, 8 out, 1 groups"),
-            (nn.Conv2d(8, 16, 7, groups=8), ValueError, "one filter a channel"),
+            (nn.Conv2d(8, 16, 7, groups=8), ValueError, "multiplier of 2: KeyConv2d has one filter"),
             (depthwise(8, 5), ValueError, "the layer is 5x5, the keys are 7x7"),
             (depthwise(8, padding_mode="circular"), ValueError, "zeros only"),
             (nn.Conv2d(8, 8, (7, 3), groups=8), ValueError, "the layer is 7x3"),
