@@ -84,6 +84,18 @@ def operators() -> tuple[str, ...]:
     return tuple(dict.fromkeys(i.operator for i in IMPLEMENTATIONS))
 
 
+def named(operator: str, name: str, source: str = "backend=") -> Implementation:
+    """The implementation of that name, whether or not it can run here; `source` is who named it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    known = {i.name: i for i in implementations(operator)}
+    if name not in known:
+        raise ValueError(f"{source}{name!r}: {operator} has no such implementation; there are {', '.join(known)}")
+    return known[name]
+
+
 def choose(
     operator: str, device: torch.device, backend: str | None = None, why_not_call: WhyNotCall | None = None
 ) -> Implementation:
@@ -102,15 +114,11 @@ def choose(
     wanted = backend or os.environ.get("MKF_BACKEND")
     if not wanted:
         return next(i for i in IMPLEMENTATIONS if i.operator == operator and _why_not(i, device, why_not_call) is None)
-    known = implementations(operator)
     source = "backend=" if backend else "MKF_BACKEND="
-    names = ", ".join(i.name for i in known)
-    chosen = next((i for i in known if i.name == wanted), None)
-    if chosen is None:
-        raise ValueError(f"{source}{wanted!r}: {operator} has no such implementation; there are {names}")
+    chosen = named(operator, wanted, source)
     reason = _why_not(chosen, device, why_not_call)
     if reason is not None:
-        runs = ", ".join(i.name for i in known if _why_not(i, device, why_not_call) is None)
+        runs = ", ".join(i.name for i in implementations(operator) if _why_not(i, device, why_not_call) is None)
         raise BackendError(f"{source}{wanted!r} cannot run {operator} on {device}: {reason}. Here {runs} can.")
     return chosen
 

@@ -10,6 +10,12 @@ from mkf.kernels.derived import Derived
 from mkf.kernels.key_conv2d import KeyPlan, structure
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise ValueError for what is no relative error in [0, 1)."""
+    if not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
+        raise ValueError(f"tolerance={tolerance!r}: it is a relative error, in [0, 1)")
+
+
 def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     """Find the cheapest description of each key; some milliseconds.
 
@@ -20,8 +26,7 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     Raises:
         ValueError: A key is not finite, or the tolerance is not in [0, 1).
     """
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: it is a relative error, in [0, 1)")
+    check_tolerance(tolerance)
     values = keys.detach().double().cpu().numpy()
     finite = np.isfinite(values).all((1, 2))
     if not finite.all():

@@ -11,6 +11,7 @@ from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
     from mkf.ops import AffineFit
+    from mkf.train import TrainConfig
 
 
 def command(
@@ -18,7 +19,10 @@ def command(
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
     keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
     compact: Annotated[
-        bool, typer.Option(help="Store each filter as index, scale and shift; mkf reads such a file, timm does not.")
+        bool,
+        typer.Option(
+            help="Store each filter as index, scale and shift. Only mkf reads it; convert makes it ordinary again."
+        ),
     ] = False,
     pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of a timm model.")] = True,
     finetune: Annotated[
@@ -52,13 +56,18 @@ def command(
             raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
         if finetune is None and (model is not None or image_size is not None):
             raise ValueError("--model and --image-size go with --finetune")
+        if out.exists() and Path(source).expanduser().exists() and out.samefile(Path(source).expanduser()):
+            raise ValueError(f"--out {out} is the network itself, whose filters would be lost: choose another name")
         key_set = parse(keys)
+        config = None
+        if finetune is not None:
+            run = out.with_suffix(".finetuned")
+            config = _training(source, pretrained, keys, finetune, run, model, epochs, lr, batch_size, image_size)
         state = _weights(source, pretrained)
         small, fits = to_compact(state, key_set)
         _print_layers(fits, len(key_set), console)
-        if finetune is not None:
-            run = out.with_suffix(".finetuned")
-            _finetune(source, pretrained, keys, finetune, run, model, epochs, lr, batch_size, image_size, console)
+        if config is not None:
+            _train(config, console)
             small, _ = to_compact(expand(_weights(str(run / "model.safetensors"), False)), key_set)
         written = small if compact else expand(small)
         _save(written, out, {"format": "pt", "keys": keys})
@@ -94,7 +103,7 @@ def _print_layers(fits: dict[str, AffineFit], keys: int, console: Any) -> None:
     console.print(table, "")
 
 
-def _finetune(
+def _training(
     source: str,
     pretrained: bool,
     keys: str,
@@ -105,15 +114,16 @@ def _finetune(
     lr: float,
     batch_size: int,
     image_size: int | None,
-    console: Any,
-) -> None:
-    """Train the converted network; the folder `run` then holds what `mkf train` writes."""
+) -> TrainConfig:
+    """How to train the converted network, whose run goes to the folder `run`."""
     import json
 
     from safetensors import safe_open
 
-    from mkf.train import TrainConfig, train
+    from mkf.train import TrainConfig
 
+    if not data.is_dir():
+        raise FileNotFoundError(f"--finetune {data}: no such folder")
     told: dict[str, Any] = {"model_kwargs": {}}
     path = Path(source).expanduser()
     if not path.exists():
@@ -131,7 +141,7 @@ def _finetune(
         kwargs.pop("num_classes")
         told |= {"model": metadata["model"], "model_kwargs": kwargs, "weights": str(path)}
         image_size = image_size or int(metadata["image_size"])
-    config = TrainConfig(
+    return TrainConfig(
         **told,
         data=str(data),
         out=str(run),
@@ -143,10 +153,16 @@ def _finetune(
         warmup_epochs=0,
         image_size=image_size or 224,
     )
+
+
+def _train(config: TrainConfig, console: Any) -> None:
+    from mkf.train import train
+
+    of = config.epochs
     train(
         config,
         on_start=lambda top1: console.print(f"before the training  top-1 {top1:.2f} %"),
-        on_epoch=lambda r: console.print(f"epoch {r.epoch}/{epochs}  loss {r.test_loss:.4f}  top-1 {r.top1:.2f} %"),
+        on_epoch=lambda r: console.print(f"epoch {r.epoch}/{of}  loss {r.test_loss:.4f}  top-1 {r.top1:.2f} %"),
     )
 
 

@@ -57,7 +57,7 @@ def assign_keys(
 def _shares(count: int, assign: str | Sequence[float]) -> NDArray[np.float64]:
     if isinstance(assign, str):
         if assign != "uniform":
-            raise ValueError(f"assign={assign!r}: use 'uniform' or {count} proportions ('fit' is for from_conv2d)")
+            raise ValueError(f"assign={assign!r}: use 'uniform', {count} proportions, or 'fit' where there are filters")
         return np.full(count, 1 / count)
     shares = np.array(assign, dtype=np.float64)
     if shares.shape != (count,) or not np.isfinite(shares).all() or (shares < 0).any() or not shares.any():

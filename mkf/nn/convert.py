@@ -25,7 +25,7 @@ _TURNS = 3  # timings of a layer or a model, of which the fastest counts
 
 def convert(
     model: nn.Module,
-    keys: KeySet,
+    keys: KeySet | Tensor,
     filter_fn: FilterFn | None = None,
     *,
     assign: str | Sequence[float] = "fit",
@@ -49,7 +49,7 @@ def convert(
 
     Args:
         model: Changed in place, unless it is itself a depthwise convolution: then only what is returned has keys.
-        keys: The keys.
+        keys: A `KeySet`, or (K, k, k) of which one can be made.
         filter_fn: Called with each depthwise convolution and its name; where it is False, the layer is left alone.
         assign: "fit", or as `KeyConv2d` takes it: "uniform", or K proportions.
         order: Of the keys over the channels where they are not fitted: "blocks", which rotate from layer to layer so
@@ -71,6 +71,7 @@ def convert(
         raise TypeError(f"convert takes a torch module, not a {type(model).__name__}")
     if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(f"convert the model before it becomes a {type(model).__name__}")
+    keys = keys if isinstance(keys, KeySet) else KeySet(keys)
     # Wrong options are told here, and not as the reason why each layer is left alone.
     options: dict[str, Any] = {"order": order, "train": train, "tolerance": tolerance}
     KeyConv2d(1, keys.kernel_size, keys, assign="uniform" if assign == "fit" else assign, **options, device="meta")
@@ -93,11 +94,13 @@ def convert(
             report.reason = str(error)
             continue
         new[name] = layer
-        report.keys_used = len(layer.index.unique())
+        report.keys_used = None if layer.index.is_meta else len(layer.index.unique())
         if layer.residual is not None and (live := layer.residual[(layer.scale != 0).cpu()]).numel():
             report.residual, report.worst_residual = live.mean().item(), live.max().item()
     if not new:
         reasons = "; ".join(f"{name or 'the model'}: {report.reason}" for name, report in reports.items())
+        if any(_layers(model, KeyConv2d)):
+            reasons = reasons or "all have keys already; mkf.restore(model) makes them ordinary layers"
         raise ValueError(f"no layer can have these keys: {reasons or 'the model has no depthwise convolution'}")
     seconds = None if batch is None else _measure(model, new, reports, batch if isinstance(batch, tuple) else (batch,))
     earlier = getattr(model, _RECORD, ConversionReport())
@@ -126,8 +129,14 @@ def restore(model: nn.Module) -> nn.Module:
         model: A converted model; changed in place, unless it is itself a `KeyConv2d`.
 
     Returns:
-        The model, an ordinary network again, whose state dict loads where the original's did.
+        The model, an ordinary network again, whose state dict loads where the original's did. All of the layers'
+        parameters train.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes a torch module, not a {type(model).__name__}")
     model = _replaced(model, {name: layer.to_conv2d() for name, layer in _layers(model, KeyConv2d)})
     if hasattr(model, _RECORD):
         delattr(model, _RECORD)

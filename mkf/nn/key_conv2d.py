@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mkf.bank.compact import KEYS
+from mkf.kernels.key_conv2d.plan import check_tolerance
+from mkf.kernels.registry import named
 from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
 from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
@@ -58,6 +61,7 @@ class KeyConv2d(nn.Module):
 
     Raises:
         ValueError: Keys of another size, or options that are none.
+        TypeError: Something that is no keys, or a dtype that is no floating-point one.
     """
 
     keys: Tensor
@@ -93,8 +97,13 @@ class KeyConv2d(nn.Module):
             raise ValueError(f"the layer is {size}, the keys are {k}x{k}: give keys of its size")
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode={padding_mode!r}: KeyConv2d pads with zeros only")
-        if channels < 1:
-            raise ValueError(f"channels={channels}: expected 1 or more")
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels={channels!r}: expected a whole number of 1 or more")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype}: scale, shift and bias are floating-point numbers")
+        check_tolerance(tolerance)
+        if backend is not None:
+            named("key_conv2d", backend)
         self.in_channels = self.out_channels = self.groups = channels
         self.stride, zeros, self.dilation = geometry(k, stride, padding, dilation)
         self.padding = padding if isinstance(padding, str) else zeros
@@ -163,6 +172,8 @@ class KeyConv2d(nn.Module):
                 f"{conv.out_channels} out, {conv.groups} groups"
             )
         fits = isinstance(assign, str) and assign == "fit"
+        if fits and conv.weight.is_meta:
+            raise ValueError("the convolution is on the meta device and has no filters to fit: load its state first")
         layer = cls(
             conv.in_channels,
             conv.kernel_size,  # type: ignore[arg-type]
@@ -205,8 +216,12 @@ class KeyConv2d(nn.Module):
             The fit; its residual is kept as `residual`.
 
         Raises:
-            ValueError: Another shape, filters that are not finite, or a bias where the layer has none.
+            TypeError: `weight` is no tensor.
+            ValueError: Another shape, filters that are not finite or beyond the layer's dtype, or a bias where the
+                layer has none.
         """
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, not {type(weight).__name__}")
         filters = weight[:, 0] if weight.ndim == 4 and weight.shape[1] == 1 else weight
         if filters.shape != (self.in_channels, *self.kernel_size):
             expected = (self.in_channels, 1, *self.kernel_size)
@@ -217,6 +232,11 @@ class KeyConv2d(nn.Module):
         fit = affine_fit(filters, self.keys)
         if (fit.index < 0).any():
             raise ValueError(f"{int((fit.index < 0).sum())} of {len(filters)} filters hold NaN or infinity")
+        largest = torch.finfo(self.scale.dtype).max
+        if max(fit.scale.abs().max(), fit.shift.abs().max()) > largest:
+            raise ValueError(
+                f"the filters need scales or shifts beyond the {largest:.5g} that {self.scale.dtype} reaches"
+            )
         self.index.copy_(fit.index)
         self.scale.copy_(fit.scale)
         self.shift.copy_(fit.shift)
@@ -254,6 +274,7 @@ class KeyConv2d(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Scale 1, shift 0 and bias 0: each filter is its key. Keys and index stay."""
+        self.residual = None
         self.scale.fill_(1)
         self.shift.zero_()
         if self.bias is not None:
@@ -334,7 +355,13 @@ class KeyConv2d(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if f"{prefix}weight" in state_dict and f"{prefix}keys" not in state_dict:
+        self.residual = None  # what it told is no longer there
+        if f"{prefix}scale" in state_dict and f"{prefix}keys" not in state_dict:
+            error_msgs.append(
+                f"{prefix}keys is missing, as in a compact state: load mkf.bank.compact.expand(state) into an "
+                f"ordinary network, and convert that with the keys in state['{KEYS}']"
+            )
+        elif f"{prefix}weight" in state_dict and f"{prefix}keys" not in state_dict:
             error_msgs.append(
                 f"{prefix}weight holds the filters of an nn.Conv2d, which keys can only approximate: take them with "
                 "fit_weight(weight, bias), or load them into the nn.Conv2d and convert that by KeyConv2d.from_conv2d"

@@ -75,14 +75,24 @@ def test_name_of_timm(tmp_path: Path) -> None:
         (["convnext_atto", "--out", "a.pth", "--no-pretrained"], "safetensors"),
         (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--keys", "paper9"], "no keys called"),
         (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--model", "x"], "go with --finetune"),
+        (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--finetune", "none"], "none: no such folder"),
     ],
 )
 def test_errors_are_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, stderr = run(*words)
+    code, stdout, stderr = run(*words)
     assert code == 1
     assert message in stderr
+    assert not stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_network_itself_is_not_overwritten(checkpoint: Path) -> None:
+    before = checkpoint.read_bytes()
+    code, _, stderr = run(checkpoint, "--out", checkpoint.parent / ".." / checkpoint.parent.name / checkpoint.name)
+    assert code == 1
+    assert "choose another name" in stderr
+    assert checkpoint.read_bytes() == before
 
 
 def test_compact_round_trip_and_its_errors() -> None:

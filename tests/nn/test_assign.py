@@ -79,8 +79,8 @@ def test_every_channel_has_a_key_with_a_share(channels: int, shares: list[float]
 @pytest.mark.parametrize(
     ("assign", "order", "message"),
     [
-        ("normal", "blocks", "use 'uniform' or 8 proportions"),
-        ("fit", "blocks", "'fit' is for from_conv2d"),
+        ("normal", "blocks", "use 'uniform', 8 proportions, or 'fit'"),
+        ("fit", "blocks", "'fit' where there are filters"),
         ([1.0] * 7, "blocks", "expected 8 proportions"),
         ([0.0] * 8, "blocks", "not all 0"),
         ([-1.0] + [1.0] * 7, "blocks", "none negative"),

@@ -239,6 +239,8 @@ def test_errors_leave_the_model_as_it_was() -> None:
         convert(nn.Sequential(nn.Linear(3, 3)), keys)
     with pytest.raises(TypeError, match="torch module"):
         convert("convnext", keys)
+    with pytest.raises(ValueError, match="keys must be real numbers"):
+        convert(model, "paper8")
     with pytest.raises(TypeError, match="before"):
         convert(torch.compile(model), keys)
     with pytest.raises(ValueError, match="train="):
@@ -249,6 +251,23 @@ def test_errors_leave_the_model_as_it_was() -> None:
         convert(model, keys, assign="uniform", order="sorted")
     assert not any(isinstance(layer, mkf.KeyConv2d) for layer in model.modules())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_keys_as_a_tensor_and_a_second_time() -> None:
+    model = convert(tiny(), mkf.keys.paper8().filters)
+    assert len(conversion_report(model).replaced) == 5
+    with pytest.raises(ValueError, match="all have keys already"):
+        convert(model, mkf.keys.paper8())
+    with pytest.raises(TypeError, match="torch module"):
+        restore("convnext")
+
+
+def test_the_meta_device() -> None:
+    model = tiny().to("meta")
+    with pytest.raises(ValueError, match="load its state first"):
+        convert(model, mkf.keys.paper8())
+    report = conversion_report(convert(model, mkf.keys.paper8(), assign="uniform"))
+    assert "5 of 5 depthwise layers" in str(report)
 
 
 def test_filters_that_are_not_finite_are_left_alone() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import mkf
 from mkf import KeyConv2d
+from mkf.bank.compact import compact
 
 PAPER, ANALYTIC = mkf.keys.paper8(), mkf.keys.analytic("B")
 
@@ -95,12 +96,21 @@ class TestFromScratch:
             ((24, 7, PAPER), {"padding": "same", "stride": 2}, "needs stride 1"),
             ((24, 7, PAPER), {"stride": 0}, "stride=0"),
             ((24, 7, PAPER), {"train": ("weight",)}, "choose from scale, shift, bias, keys"),
-            ((24, 7, PAPER), {"assign": "fit"}, "'fit' is for from_conv2d"),
+            ((24, 7, PAPER), {"assign": "fit"}, "'fit' where there are filters"),
+            ((24.0, 7, PAPER), {}, "channels=24.0: expected a whole number"),
+            ((24, 7, "paper8"), {}, "keys must be real numbers"),
+            ((24, 7, PAPER), {"tolerance": -1}, "tolerance=-1: it is a relative error"),
+            ((24, 7, PAPER), {"tolerance": "x"}, "tolerance='x'"),
+            ((24, 7, PAPER), {"backend": "abacus"}, "no such implementation; there are native"),
         ],
     )
     def test_what_is_refused(self, arguments, options, message):
         with pytest.raises(ValueError, match=message):
             KeyConv2d(*arguments, **options)
+
+    def test_a_dtype_that_is_no_floating_point_one(self):
+        with pytest.raises(TypeError, match=r"dtype=torch\.complex64"):
+            KeyConv2d(24, 7, PAPER, dtype=torch.complex64)
 
     def test_a_wrong_input_says_so(self, layer, x):
         with pytest.raises(ValueError, match="but x has 23 channels"):
@@ -167,6 +177,11 @@ class TestFromConv2d:
     def test_what_is_refused(self, conv, error, message):
         with pytest.raises(error, match=message):
             KeyConv2d.from_conv2d(conv, PAPER)
+
+    def test_the_meta_device(self):
+        with pytest.raises(ValueError, match="no filters to fit: load its state first"):
+            KeyConv2d.from_conv2d(depthwise().to("meta"), PAPER)
+        assert KeyConv2d.from_conv2d(depthwise().to("meta"), PAPER, assign="uniform").weight.is_meta
 
     def test_filters_that_are_not_finite(self):
         conv = depthwise()
@@ -236,6 +251,20 @@ class TestFitWeight:
             layer.fit_weight(weight, bias)
         with pytest.raises(ValueError, match="this layer has no bias"):
             KeyConv2d(24, 7, PAPER, bias=False).fit_weight(noise(24, 7, 7), noise(24))
+        with pytest.raises(TypeError, match="expected a tensor, not ndarray"):
+            layer.fit_weight(noise(24, 7, 7).numpy())
+        before = layer.half().scale.clone()
+        with pytest.raises(ValueError, match=r"beyond the 65504 that torch\.float16 reaches"):
+            layer.fit_weight(noise(24, 7, 7) * 1e6)
+        assert torch.equal(layer.scale, before)
+
+    def test_the_residual_goes_with_the_fit(self, layer):
+        layer.fit_weight(noise(24, 7, 7))
+        layer.load_state_dict(layer.state_dict())
+        assert layer.residual is None
+        layer.fit_weight(noise(24, 7, 7))
+        layer.reset_parameters()
+        assert layer.residual is None
 
 
 class TestState:
@@ -253,6 +282,13 @@ class TestState:
         state = nn.Sequential(depthwise()).state_dict()
         with pytest.raises(RuntimeError, match=r"0\.weight holds the filters of an nn\.Conv2d.*fit_weight"):
             network.load_state_dict(state, strict=strict)
+
+    def test_a_compact_state_says_what_it_is(self):
+        state, _ = compact({"0.weight": depthwise().weight.detach()}, PAPER)
+        with pytest.raises(
+            RuntimeError, match=r"0\.keys is missing, as in a compact state: load mkf\.bank\.compact\.expand"
+        ):
+            nn.Sequential(KeyConv2d(24, 7, PAPER, padding=3)).load_state_dict(state)
 
     def test_it_goes_through_safetensors_pickle_and_deepcopy(self, layer, x, tmp_path):
         from safetensors.torch import load_model, save_model

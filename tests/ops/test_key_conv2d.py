@@ -586,6 +586,18 @@ class TestAutograd:
 
         assert torch.autograd.gradcheck(function, leaves)
 
+    @pytest.mark.parametrize("keys_train", [False, True])
+    def test_gradients_of_many_at_once(self, keys_train):
+        problem = Problem((2, 4, 5, 6), mkf.keys.random(3, 3, 0).filters)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.requires_grad_() for t in (x, *parameters, *([keys] if keys_train else []))]
+        y = key_conv2d(x, keys, index, *parameters, padding=1)
+        dy = noise(3, *y.shape)
+        many = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in dy]
+        for together, alone in zip(many, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
     def test_second_derivatives(self):
         problem = Problem((1, 3, 4, 5), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
         x, keys, index, *parameters = problem.tensors()

@@ -37,7 +37,8 @@ def key_conv2d(
     rounding. It is faster because keys are shared and few: each is taken once as the cheapest sum of separable terms, a
     box, which the shift joins, and a tap (`KeySet.plan` shows it), and because the gradients of scale, shift and bias
     need no gradient of k * k taps. Sums are float32 or better. What the fast implementations do not serve, PyTorch's
-    own convolution does, silently; `explain_key_conv2d` tells which would run and why no faster one does.
+    own convolution does, silently and with its own sums; `explain_key_conv2d` tells which would run and why no faster
+    one does.
 
     Args:
         x: (N, C, H, W) or (C, H, W); float32, bfloat16, float16, or float64, which only the reference serves. Any

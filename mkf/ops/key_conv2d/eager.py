@@ -200,7 +200,8 @@ class _KeyConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call, wanted, size, saved = ctx.call, ctx.wanted, ctx.size, ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients are to be differentiated again
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
             gradients = _differentiable_gradients(dy, *saved, wanted, size, *call.options)
         elif is_watched(dy):
             gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, size, *call.options)
@@ -225,8 +226,10 @@ def _differentiable_gradients(
     """As `compute.gradients`, by torch's own operators: those of the ordinary convolution."""
     if x is None:  # then its values do not matter
         x = dy.new_zeros(size, requires_grad=True)
-    out = compute.written_out(x, keys, index, scale, shift, None, *options)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = compute.written_out(x, keys, index, scale, shift, None, *options)
     leaves = [t for t, w in zip((x, keys, scale, shift), wanted, strict=False) if w]
-    found = iter(torch.autograd.grad(out, leaves, dy, create_graph=True) if leaves else ())
+    found = iter(torch.autograd.grad(out, leaves, dy, create_graph=again) if leaves else ())
     d_bias = dy.sum((0, 2, 3), dtype=shift.dtype) if wanted[4] else None
     return [*(next(found) if w else None for w in wanted[:4]), d_bias]
