@@ -89,7 +89,7 @@ def run(
     """Time a step of a timm model in all its variants and both layouts, in turns, relative to `NONE`.
 
     A step is one pass without gradients, or forward, cross-entropy, backward and AdamW. `names` keeps those whose name
-    starts with one of them, such as "mkf" or "nn.Conv2d, weights frozen, channels-last"; `NONE` stays.
+    starts with one of them, such as "mkf" or "nn.Conv2d, weights frozen, channels-last", and the baseline.
 
     Raises:
         ValueError: No name starts so.
@@ -97,7 +97,8 @@ def run(
     torch.manual_seed(0)
     model = create(name, pretrained=False).model.to(dtype)
     images, labels = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(0, 10, (batch,))
-    wanted = None if names is None else (NONE, *names)
+    baseline = f"{NONE}, channels-last"
+    wanted = None if names is None else (baseline, *names)
     found: dict[str, Callable[[], object]] = {}
     for variant, made in variants(model, keys, order).items():
         for layout, memory_format in LAYOUTS.items():
@@ -113,7 +114,7 @@ def run(
             step()
     what: dict[str, Any] = {"model": name, "mode": mode, "batch": batch, "size": size, "order": order}
     what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
-    return take_turns(found, f"{NONE}, channels-last", what, rounds)
+    return take_turns(found, baseline, what, rounds)
 
 
 def share_removed(result: Result, peer: str, name: str = MKF) -> float:

@@ -76,7 +76,7 @@ def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     assert "%" in result.output
     (written,) = json.loads(out.read_text())
     names = ["mkf, channels-last", "nn.Conv2d, weights frozen, channels-last"]
-    names += ["without depthwise layers, NCHW", "without depthwise layers, channels-last"]
+    names += ["without depthwise layers, channels-last"]
     assert [row["name"] for row in written["rows"]] == names
     assert "nn.Conv2d, weights frozen" in figure.read_text()
 
