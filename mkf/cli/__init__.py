@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `mkf --help` stays quick.
 
 import typer
 
-from mkf.cli import analyze, bank, bench, convert, env, fit, identify, report, search, train
+from mkf.cli import analyze, bank, bench, convert, env, fit, identify, report, reproduce, search, train
 
 app = typer.Typer(
     name="mkf",
@@ -22,4 +22,5 @@ app.command("search")(search.command)
 app.command("convert")(convert.command)
 app.command("report")(report.command)
 app.command("train")(train.command)
+app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(bench.app, name="bench")

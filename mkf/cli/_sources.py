@@ -47,3 +47,25 @@ def read(sources: Sequence[str] | None, pretrained: bool, k: int, progress: Prog
                 raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
             of_model[model] = source
     return FilterBank.concat(banks.values())
+
+
+def trained(sources: Sequence[str], size: int | None, pretrained: bool) -> FilterBank:
+    """The filters of the sources' trained models, of one kernel size.
+
+    Raises:
+        ValueError: The sources hold several kernel sizes and none is chosen, or none of that size; and see
+            `mkf.bank.load`.
+        OSError: See `mkf.bank.load`.
+    """
+    from mkf.bank import UNTRAINED, FilterBank, load
+
+    bank = FilterBank.concat(load(source, pretrained) for source in dict.fromkeys(sources))
+    sizes = bank.kernel_sizes
+    if size is None and len(sizes) > 1:
+        found = ", ".join(f"{k}x{k}" for k in sizes)
+        raise ValueError(f"the sources hold filters of {found}: choose one with --size {sizes[-1]}")
+    if size is not None and size not in sizes:
+        raise ValueError(f"--size {size}: the sources hold no filters of {size}x{size}")
+    bank = bank if size is None else bank.select(k=size)
+    trained = [name for name in bank.models if not name.endswith(UNTRAINED)]
+    return FilterBank.concat(bank.select(model=name) for name in trained) if len(trained) < len(bank.models) else bank

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mkf.cli import _sources
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -72,8 +73,10 @@ def command(
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        from mkf.search import eliminate, two_rounds
+
         _check(method, objective, out, model, data, compare)
-        bank = _trained(sources, size, pretrained)
+        bank = _sources.trained(sources, size, pretrained)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
         stderr = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -93,15 +96,16 @@ def command(
             if method == "autoencoder":
                 coder = _train(bank, seed, steps, device, _in(state, "autoencoder.pt"), task("training"))
                 pool = coder.candidates(candidates)
-                if rounds == 2:
-                    pool = _second_round(coder, pool, keys, judge, _in(state, "first-round.json"), task("first round"))
             else:
                 pool = _direct(method, bank, candidates if judge else keys, seed, task(method))
-            if judge is None:
-                found = pool
-            else:
-                elimination = _eliminate(pool, keys, judge, _in(state, "elimination.json"), task("eliminating"))
-                found = elimination.keys
+            if coder is not None and rounds == 2:
+                _, elimination = two_rounds(
+                    coder, keys, judge, candidates=candidates, state=state, progress=task("eliminating")
+                )
+            elif judge is not None:
+                file = _in(state, "elimination.json")
+                elimination = eliminate(pool, keys, judge, state=file, progress=task("eliminating"))
+            found = pool if elimination is None else elimination.keys
         _report(bank, found, coder, elimination, console)
         if figures is not None:
             _draw(figures, found, coder, candidates, elimination)
@@ -124,22 +128,6 @@ def _check(
         raise ValueError("name the key file to write: --out keys.safetensors")
     if out is not None and not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
-
-
-def _trained(sources: list[str], size: int | None, pretrained: bool) -> FilterBank:
-    """The filters of the sources' trained models, of one kernel size."""
-    from mkf.bank import UNTRAINED, FilterBank, load
-
-    bank = FilterBank.concat(load(source, pretrained) for source in dict.fromkeys(sources))
-    sizes = bank.kernel_sizes
-    if size is None and len(sizes) > 1:
-        found = ", ".join(f"{k}x{k}" for k in sizes)
-        raise ValueError(f"the sources hold filters of {found}: choose one with --size {sizes[-1]}")
-    if size is not None and size not in sizes:
-        raise ValueError(f"--size {size}: the sources hold no filters of {size}x{size}")
-    bank = bank if size is None else bank.select(k=size)
-    trained = [name for name in bank.models if not name.endswith(UNTRAINED)]
-    return FilterBank.concat(bank.select(model=name) for name in trained) if len(trained) < len(bank.models) else bank
 
 
 def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int], None], console: Any) -> None:
@@ -183,22 +171,6 @@ def _train(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return autoencoder(bank, seed=seed, steps=steps, device=device, state=state, progress=progress)
-
-
-def _second_round(
-    coder: Autoencoder, pool: KeySet, k: int, judge: Any, state: Path | None, progress: Callable[[int, int], None]
-) -> KeySet:
-    from mkf.search.compare import FIRST_ROUND
-
-    return coder.around(_eliminate(pool, min(max(k, FIRST_ROUND), len(pool)), judge, state, progress).keys)
-
-
-def _eliminate(
-    pool: KeySet, k: int, judge: Any, state: Path | None, progress: Callable[[int, int], None]
-) -> Elimination:
-    from mkf.search import eliminate
-
-    return eliminate(pool, k, judge, state=state, progress=progress)
 
 
 def _direct(method: str, bank: FilterBank, k: int, seed: int, progress: Callable[[int, int], None]) -> KeySet:

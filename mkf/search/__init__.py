@@ -11,6 +11,7 @@ from mkf.search.compare import METHODS, Comparison, compare
 from mkf.search.eliminate import Elimination, Step, elbow, eliminate
 from mkf.search.objectives import Accuracy, OutputError, Residual
 from mkf.search.pca import pca
+from mkf.search.two_rounds import two_rounds
 
 __all__ = [
     "METHODS",
@@ -28,4 +29,5 @@ __all__ = [
     "elbow",
     "eliminate",
     "pca",
+    "two_rounds",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -10,15 +9,11 @@ from mkf.bank import UNTRAINED, FilterBank
 from mkf.keys import KeySet, random
 from mkf.ops import stream
 from mkf.ops.fit_statistics import fit_statistics, refuse_mixed_sizes
-from mkf.search.autoencoder import Autoencoder, autoencoder
+from mkf.search.autoencoder import autoencoder
 from mkf.search.clusters import check_count, clusters
-from mkf.search.eliminate import eliminate
 from mkf.search.objectives import Residual
 from mkf.search.pca import pca
-
-CANDIDATES = 50
-FIRST_ROUND = 10
-"""Keys that go on to the second round, as in the paper."""
+from mkf.search.two_rounds import two_rounds
 
 Search = Callable[[FilterBank, int, int], KeySet]
 """Keys from filters, their number and a seed."""
@@ -74,15 +69,9 @@ class Comparison:
         return "\n".join(lines)
 
 
-def two_rounds(coder: Autoencoder, filters: Any, k: int) -> KeySet:
-    """The paper's second round, judged by residual: 50 candidates to 10, these and their neighbours to k."""
-    first = eliminate(coder.candidates(CANDIDATES), max(k, FIRST_ROUND), Residual(filters))
-    return eliminate(coder.around(first.keys), k, Residual(filters)).keys
-
-
 METHODS: dict[str, Search] = {
     "clusters": lambda filters, k, seed: clusters(filters, k, seed).keys,
-    "autoencoder": lambda filters, k, seed: two_rounds(autoencoder(filters, seed=seed), filters, k),
+    "autoencoder": lambda filters, k, seed: two_rounds(autoencoder(filters, seed=seed), k, Residual(filters))[1].keys,
     "PCA": lambda filters, k, seed: pca(filters, k),
     "random": lambda filters, k, seed: random(filters.kernel_sizes[0], k, seed),
 }
