@@ -80,7 +80,7 @@ def command(
                 bank.select(k=k, model=[model.model for model in analysis.trained.models]),
                 progress=lambda done, total: progress.update(naming, completed=done, total=total),
             )
-        text = page.render(analysis, found, natural, title)
+        text = page.render(analysis, found, natural, title, bank)
         out.write_text(text, encoding="utf-8")
         console = stdout()
         console.print(f"Written to {out}: {len(text.encode()) / 1e6:.1f} MB", soft_wrap=True)

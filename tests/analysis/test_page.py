@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import mkf
 from mkf.analysis import Analysis, analyse, identify, natural_keys, page, reconstruct, report
@@ -48,7 +50,7 @@ def analysis(bank: FilterBank) -> Analysis:
 def text(bank: FilterBank, analysis: Analysis) -> str:
     image = noise(40, 40).numpy().cumsum(0).cumsum(1)
     natural = natural_keys(image)
-    return page.render(analysis, identify(bank), (natural, reconstruct(image, natural.keys)))
+    return page.render(analysis, identify(bank), (natural, reconstruct(image, natural.keys)), bank=bank)
 
 
 def data_of(text: str) -> dict:
@@ -94,11 +96,15 @@ def test_the_atlas_is_the_sample(analysis: Analysis, text: str) -> None:
     assert start == len(filters) == len(channel)
 
 
-def test_the_downloads_hold_the_numbers(analysis: Analysis, text: str, tmp_path: Path) -> None:
+def downloads(text: str) -> dict[str, bytes]:
     links = dict(re.findall(r'<a download="([^"]+)" href="data:[^;]+;base64,([^"]+)"', text))
-    files = {name: base64.b64decode(content) for name, content in links.items()}
+    return {name: base64.b64decode(content) for name, content in links.items()}
+
+
+def test_the_downloads_hold_the_numbers(analysis: Analysis, text: str, tmp_path: Path) -> None:
+    files = downloads(text)
     assert set(files) == {
-        "models.csv", "layers.csv", "families.csv", "keys.csv", "keys.safetensors", "analysis.json",
+        "models.csv", "layers.csv", "families.csv", "keys.csv", "keys.safetensors", "fits.safetensors", "analysis.json",
     }  # fmt: skip
     assert json.loads(files["analysis.json"]) == analysis.to_dict()
     for name, rows in report.tables(analysis).items():
@@ -106,6 +112,50 @@ def test_the_downloads_hold_the_numbers(analysis: Analysis, text: str, tmp_path:
         assert [next(iter(row.values())) for row in read] == [str(next(iter(row.values()))) for row in rows]
     (tmp_path / "keys").write_bytes(files["keys.safetensors"])
     assert mkf.KeySet.load(tmp_path / "keys") == KEYS
+
+
+def test_every_filter_can_be_rebuilt_from_the_downloads(bank: FilterBank, text: str, tmp_path: Path) -> None:
+    for name, content in downloads(text).items():
+        (tmp_path / name).write_bytes(content)
+    fits = load_file(tmp_path / "fits.safetensors")
+    with safe_open(tmp_path / "fits.safetensors", "numpy") as file:
+        layers = json.loads(file.metadata()["layers"])
+        assert file.metadata()["format"] == "mkf.fits/1"
+    keys = mkf.KeySet.load(tmp_path / "keys.safetensors").filters.double().numpy()
+    filters = bank.filters.double().numpy()
+    assert len(filters) == len(fits["index"])
+    for column, values in (
+        ("model", [layers[number][0] for number in fits["layer"]]),
+        ("layer", [layers[number][1] for number in fits["layer"]]),
+        ("channel", fits["channel"].tolist()),
+    ):
+        assert bank.metadata[column].to_pylist() == values
+    finite = np.isfinite(filters).all((1, 2))
+    assert (fits["index"][~finite] == -1).all()
+    f, index, scale, shift, residual = (
+        x[finite] for x in (filters, *(fits[name] for name in ("index", "scale", "shift", "residual")))
+    )
+    left = np.linalg.norm(f - scale[:, None, None] * keys[index] - shift[:, None, None], axis=(1, 2))
+    variation = np.linalg.norm(f - f.mean((1, 2), keepdims=True), axis=(1, 2))
+    assert np.allclose(left, residual * variation, atol=1e-5)
+
+
+def test_fits_of_too_many_filters_are_left_out(
+    bank: FilterBank, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mkf.analysis.page.MOST_FILTERS", 100)
+    text = page.render(analysis, bank=bank)
+    assert "fits.safetensors" not in downloads(text)
+    assert f"The fits of {analysis.tally.filters} filters are not in this page: mkf fit writes them." in text
+
+
+def test_a_page_of_the_most_filters_is_below_6_mb() -> None:
+    layers, keys, size = 100, mkf.keys.paper8(), page.fits.MOST_FILTERS // 100
+    noisy = noise(size, 7, 7, seed=4)
+    bank = FilterBank.from_layers([Layer(f"stages.{i}.conv_dw", noisy) for i in range(layers)], "net")
+    text = page.render(analyse(bank, keys, atlas=page.atlas_size(layers, len(keys), 7)), bank=bank)
+    assert "fits.safetensors" in downloads(text)
+    assert len(text.encode()) < 6_000_000
 
 
 def test_controls_are_not_in_the_headline(analysis: Analysis, text: str) -> None:
@@ -266,7 +316,7 @@ def test_in_a_browser(analysis: Analysis, text: str, tmp_path: Path) -> None:
     assert sum(map(int, re.findall(r"\d+", found["dark"][1])[:3])) < 120
     assert sum(found["corner"][:3]) > 600
     assert sum(found["icon_dark"][:3]) < 200
-    assert found["download"] == 6
+    assert found["download"] == 7
 
 
 def test_on_a_phone(text: str, tmp_path: Path) -> None:

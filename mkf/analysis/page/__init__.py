@@ -12,10 +12,12 @@ from mkf.analysis.identification import Identification
 from mkf.analysis.natural import NaturalKeys, Reconstruction
 from mkf.analysis.page import sections
 from mkf.analysis.page.data import atlas_size, script_data
+from mkf.analysis.page.fits import MOST_FILTERS, fits_file
 from mkf.analysis.page.text import whole
 
 if TYPE_CHECKING:
     from mkf.analysis.statistics import Analysis
+    from mkf.bank import FilterBank
 
 __all__ = ["atlas_size", "render"]
 
@@ -27,6 +29,7 @@ def render(
     found: Identification | None = None,
     natural: tuple[NaturalKeys, Reconstruction] | None = None,
     title: str = "",
+    bank: FilterBank | None = None,
 ) -> str:
     """The page of an analysis, as the text of one HTML file.
 
@@ -39,6 +42,8 @@ def render(
         found: What the same filters are, as `identify` tells; without it that section is left out.
         natural: Keys of natural images and an image rebuilt from them; without it that section is left out.
         title: The heading; made of the models' names if empty.
+        bank: What was analysed, whose fits are then among the downloads (`fits.safetensors`, described by `fits_file`)
+            if it has at most 100 000 filters of the keys' size; without it they are left out.
     """
     title = title or _title(analysis.trained)
     parts = {
@@ -52,7 +57,7 @@ def render(
         parts["kinds"] = ("What they are", sections.kinds(found))
     if natural is not None:
         parts["natural"] = ("Natural images", sections.natural(analysis, *natural))
-    parts["numbers"] = ("Numbers", sections.numbers(analysis))
+    parts["numbers"] = ("Numbers", sections.numbers(analysis, *_fits(analysis, bank)))
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, (heading, _) in parts.items())
     body = "".join(
         f'<section id="{name}"><h2>{heading}</h2>{content}</section>' for name, (heading, content) in parts.items()
@@ -93,6 +98,16 @@ This page is one file and loads nothing.</footer>
 </body>
 </html>
 """
+
+
+def _fits(analysis: Analysis, bank: FilterBank | None) -> tuple[bytes, str]:
+    """The file of fits, empty where there is none, and what to say about it."""
+    if bank is None:
+        return b"", ""
+    if analysis.tally.filters > MOST_FILTERS:
+        return b"", f"The fits of {whole(analysis.tally.filters)} filters are not in this page: mkf fit writes them."
+    said = "In fits.safetensors: key, scale, shift, residual, layer and channel of every filter."
+    return fits_file(bank.select(k=analysis.keys.kernel_size), analysis.keys), said
 
 
 def _title(analysis: Analysis) -> str:

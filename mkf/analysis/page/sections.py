@@ -361,8 +361,8 @@ def _jpeg(image: Any, original: Any) -> str:
     return f"data:image/jpeg;base64,{base64_text(file.getvalue())}"
 
 
-def numbers(analysis: Analysis) -> str:
-    """Downloads, a table of each network's layers, and notes."""
+def numbers(analysis: Analysis, fits: bytes = b"", said: str = "") -> str:
+    """Downloads, with a file of fits unless that is empty, a table of each network's layers, and notes."""
     document = json.dumps(analysis.to_dict(), separators=(",", ":"), allow_nan=False)
     files = [
         (f"{name}.csv", "text/csv", report.as_csv(rows).encode()) for name, rows in report.tables(analysis).items()
@@ -370,6 +370,8 @@ def numbers(analysis: Analysis) -> str:
     with TemporaryDirectory() as folder:
         analysis.keys.save(path := Path(folder) / "keys.safetensors")
         files.append((path.name, "application/octet-stream", path.read_bytes()))
+    if fits:
+        files.append(("fits.safetensors", "application/octet-stream", fits))
     if len(document) < _DOCUMENT:
         files.append(("analysis.json", "application/json", document.encode()))
     links = "".join(
@@ -381,7 +383,8 @@ def numbers(analysis: Analysis) -> str:
     if sum(len(model.layers) for model in analysis.models) <= _TABLE_LAYERS:
         tables = "<h3>Every layer</h3>" + "".join(_layer_table(model) for model in analysis.models)
     notes = "".join(f"<p class='small'>{escape(line)}</p>" for line in report.notes(analysis))
-    return f'<ul class="downloads">{links}</ul>{tables}<h3>Notes</h3>{notes}'
+    below = f'<p class="small">{escape(said)}</p>' if said else ""
+    return f'<ul class="downloads">{links}</ul>{below}{tables}<h3>Notes</h3>{notes}'
 
 
 def _layer_table(model: ModelStatistics) -> str:
