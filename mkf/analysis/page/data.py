@@ -17,8 +17,8 @@ from mkf.keys.family import KINDS
 if TYPE_CHECKING:
     from mkf.analysis.statistics import Analysis
 
-ATLAS_BYTES = 2_000_000
-"""Bytes of filters in the atlas, before base64 makes them a third longer; so a page stays below about 5 MB."""
+ATLAS_BYTES = 1_600_000
+"""Bytes of filters in the atlas, before base64 makes them a third longer; so a page stays below about 6 MB."""
 
 MOST_PER_CELL = 48
 """Filters of one layer and key in the atlas, at most."""

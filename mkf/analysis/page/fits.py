@@ -47,7 +47,8 @@ def fits_file(bank: FilterBank, keys: KeySet) -> bytes:
         "layer": _small(number),
         "channel": _small(bank.metadata["channel"].to_numpy()),
     }
-    return save(tensors, {"format": FORMAT, "layers": json.dumps(names)})
+    content: bytes = save(tensors, {"format": FORMAT, "layers": json.dumps(names)})
+    return content
 
 
 def _small(numbers: np.ndarray) -> np.ndarray:
