@@ -442,9 +442,10 @@ def analyse(
     left_out = {other: len(bank.select(k=other)) for other in bank.kernel_sizes if other != k}
     if k not in bank.kernel_sizes:
         found = ", ".join(f"{number} of {_size(other)}" for other, number in left_out.items())
+        most = max(left_out, key=lambda other: left_out[other])
         raise ValueError(
             f"the keys are {_size(k)} but the bank holds only other sizes ({found}): choose keys of that size, "
-            "as analytic:B:5 (mkf.keys.analytic('B', 5)) are 5x5"
+            f"as analytic:B:{most} (mkf.keys.analytic('B', {most})) are {_size(most)}"
         )
     if left_out:
         bank = bank.select(k=k)

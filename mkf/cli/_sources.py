@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,12 +40,7 @@ def read(sources: Sequence[str] | None, pretrained: bool, k: int, progress: Prog
         progress.update(task, description=f"reading {name}")
         banks[name] = load(name, pretrained)
         progress.advance(task)
-    of_model: dict[str, str] = {}
-    for source, bank in banks.items():
-        for model in bank.select(k=k).models:
-            if other := of_model.get(model):
-                raise ValueError(f"{other} and {source} both hold a model called {model!r}: analyse them one at a time")
-            of_model[model] = source
+    _refuse_twins({source: bank.select(k=k) for source, bank in banks.items()})
     return FilterBank.concat(banks.values())
 
 
@@ -53,19 +48,35 @@ def trained(sources: Sequence[str], size: int | None, pretrained: bool) -> Filte
     """The filters of the sources' trained models, of one kernel size.
 
     Raises:
-        ValueError: The sources hold several kernel sizes and none is chosen, or none of that size; and see
-            `mkf.bank.load`.
+        ValueError: The sources hold several kernel sizes and none is chosen, or none of that size, untrained models
+            only, or two sources a model of one name; and see `mkf.bank.load`.
         OSError: See `mkf.bank.load`.
     """
     from mkf.bank import UNTRAINED, FilterBank, load
 
-    bank = FilterBank.concat(load(source, pretrained) for source in dict.fromkeys(sources))
+    banks = {source: load(source, pretrained) for source in dict.fromkeys(sources)}
+    bank = FilterBank.concat(banks.values())
     sizes = bank.kernel_sizes
     if size is None and len(sizes) > 1:
         found = ", ".join(f"{k}x{k}" for k in sizes)
         raise ValueError(f"the sources hold filters of {found}: choose one with --size {sizes[-1]}")
     if size is not None and size not in sizes:
         raise ValueError(f"--size {size}: the sources hold no filters of {size}x{size}")
-    bank = bank if size is None else bank.select(k=size)
-    trained = [name for name in bank.models if not name.endswith(UNTRAINED)]
-    return FilterBank.concat(bank.select(model=name) for name in trained) if len(trained) < len(bank.models) else bank
+    if size is not None:
+        banks = {source: bank.select(k=size) for source, bank in banks.items()}
+    _refuse_twins(banks)
+    bank = FilterBank.concat(banks.values())
+    names = [name for name in bank.models if not name.endswith(UNTRAINED)]
+    if not names:
+        raise ValueError(f"the sources hold no trained model: names that end in {UNTRAINED} stand for controls")
+    return FilterBank.concat(bank.select(model=name) for name in names) if len(names) < len(bank.models) else bank
+
+
+def _refuse_twins(banks: Mapping[str, FilterBank]) -> None:
+    """Refuse a model's name that two sources have."""
+    of_model: dict[str, str] = {}
+    for source, bank in banks.items():
+        for model in bank.models:
+            if other := of_model.get(model):
+                raise ValueError(f"{other} and {source} both hold a model called {model!r}: give one of them at a time")
+            of_model[model] = source

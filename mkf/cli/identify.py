@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -56,8 +57,8 @@ def command(
 
         if out is not None and out.suffix not in _SUFFIXES:
             raise ValueError(f"--out {out}: the name must end in {' or '.join(_SUFFIXES)}")
-        if out is not None and not out.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}")
+        if out is not None:
+            _outputs.file(out, "--out")
         console, stderr = stdout(), Console(stderr=True)
         rows: list[pa.Table] = []
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:

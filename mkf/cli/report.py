@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mkf.cli import _sources
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -48,12 +48,11 @@ def command(
 
         if out.is_dir() or out.suffix not in (".html", ".htm"):
             raise ValueError(f"--out {out}: the page is a file whose name ends in .html")
-        if not out.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}")
+        _outputs.file(out, "--out")
         folders = {".pdf": pdf, ".png": png}
-        for folder in folders.values():
+        for suffix, folder in folders.items():
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)  # now, and not after all the work
+                _outputs.folder(folder, f"--{suffix[1:]}")
         key_set = parse(keys)
         k = key_set.kernel_size
         note = ""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mkf.cli import _sources
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -20,8 +20,8 @@ Sources = Annotated[
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the figures.")]
 Size = Annotated[int | None, typer.Option(help="Kernel size, if the sources hold several.")]
 Keys = Annotated[int, typer.Option(help="How many keys.")]
-Seed = Annotated[int, typer.Option(help="Of all random draws.")]
-Steps = Annotated[int, typer.Option(help="Training steps of the autoencoder at most.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all random draws.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps of the autoencoder at most.")]
 Pretrained = Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")]
 
 
@@ -39,7 +39,7 @@ def matched_keys(
     with user_errors():
         from mkf.experiments.matched_keys import match_keys
 
-        out.mkdir(parents=True, exist_ok=True)
+        _outputs.folder(out, "--out")
         with _bar("training") as progress:
             bank = _sources.trained(sources, size, pretrained)
             found = match_keys(bank, keys, seed, steps=steps, progress=progress)
@@ -60,7 +60,7 @@ def search_by_accuracy(
         Path, typer.Option(metavar="DIR", help="Folder for figure, keys and what a killed search goes on from.")
     ],
     keys: Keys = 8,
-    per_class: Annotated[int, typer.Option(help="Training images of each class that judge the keys.")] = 100,
+    per_class: Annotated[int, typer.Option(min=1, help="Training images of each class that judge the keys.")] = 100,
     size: Size = None,
     seed: Seed = 0,
     steps: Steps = 3000,
@@ -70,7 +70,7 @@ def search_by_accuracy(
     with user_errors():
         from mkf.experiments.search_by_accuracy import search_by_accuracy as run
 
-        out.mkdir(parents=True, exist_ok=True)
+        _outputs.folder(out, "--out")
         with _bar("eliminating") as progress:
             bank = _sources.trained(sources, size, pretrained)
             found = run(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mkf.cli import _sources
+from mkf.cli import _outputs, _sources
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ def command(
     keys: Annotated[int, typer.Option(help="How many keys.")] = 8,
     out: Annotated[Path | None, typer.Option(help="The key file to write, safetensors.")] = None,
     size: Annotated[int | None, typer.Option(help="Kernel size, if the sources hold several.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
-    candidates: Annotated[int, typer.Option(help="How many candidates to eliminate from.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random draws.")] = 0,
+    candidates: Annotated[int, typer.Option(min=1, max=256, help="How many candidates to eliminate from.")] = 50,
     rounds: Annotated[
         int, typer.Option(min=1, max=2, help="Of autoencoder: 2 for a second round around the 10 best.")
     ] = 2,
-    steps: Annotated[int, typer.Option(help="Training steps of the autoencoder at most.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the autoencoder at most.")] = 3000,
     model: Annotated[Path | None, typer.Option(help="Folder of a finished run of mkf train.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its data folder, of which the training split is used.")] = None,
-    per_class: Annotated[int, typer.Option(help="Training images of each class that judge the keys.")] = 100,
+    per_class: Annotated[int, typer.Option(min=1, help="Training images of each class that judge the keys.")] = 100,
     state: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep what is done here; a search that was killed goes on from it."),
@@ -75,7 +75,18 @@ def command(
 
         from mkf.search import eliminate, two_rounds
 
-        _check(method, objective, out, model, data, compare)
+        _check(method, objective, model, data)
+        if compare and (out or objective or state or figures):
+            raise ValueError(
+                "--compare prints a table of all methods and takes no --out, --objective, --state, --figures"
+            )
+        if out is not None:
+            _outputs.file(out, "--out")
+        elif not compare:
+            raise ValueError("name the key file to write: --out keys.safetensors")
+        for option, folder in (("--state", state), ("--figures", figures)):
+            if folder is not None:
+                _outputs.folder(folder, option)
         bank = _sources.trained(sources, size, pretrained)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
         stderr = Console(stderr=True)
@@ -114,20 +125,16 @@ def command(
             console.print(f"Written to {out}", soft_wrap=True)
 
 
-def _check(
-    method: str, objective: str | None, out: Path | None, model: Path | None, data: Path | None, compare: bool
-) -> None:
-    """Refuse what cannot be done before anything is."""
+def _check(method: str, objective: str | None, model: Path | None, data: Path | None) -> None:
+    """Refuse words that are none and a network that is missing, or would not be looked at."""
     if method not in METHODS:
         raise ValueError(f"--method {method}: use one of {', '.join(METHODS)}")
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"--objective {objective}: use one of {', '.join(OBJECTIVES)}")
     if objective in ("output", "accuracy") and (model is None or data is None):
         raise ValueError(f"--objective {objective} needs --model, a finished run of mkf train, and --data, its images")
-    if out is None and not compare:
-        raise ValueError("name the key file to write: --out keys.safetensors")
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+    if objective not in ("output", "accuracy") and (model or data):
+        raise ValueError("--model and --data are for --objective accuracy or output, which was not asked for")
 
 
 def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int], None], console: Any) -> None:
@@ -221,7 +228,6 @@ def _draw(
 ) -> None:
     from mkf.analysis import figures
 
-    folder.mkdir(parents=True, exist_ok=True)
     figures.save(figures.keys_row(found), folder / "keys.png")
     if coder is not None:
         figures.save(figures.code_axis(coder.candidates(candidates), coder.histogram), folder / "code_axis.png")

@@ -194,7 +194,8 @@ def autoencoder(
 
     Raises:
         ValueError: Fewer than two filters that vary, filters that are all alike, options out of range, several kernel
-            sizes, a shape that is no filter's, or a state file that is damaged or of another training.
+            sizes, a shape that is no filter's, a device that cannot be used, or a state file that is damaged or of
+            another training.
         TypeError: Filters that are no floating-point numbers.
         OSError: The state file cannot be read or written.
     """
@@ -203,7 +204,7 @@ def autoencoder(
             f"steps={steps}, batch_size={batch_size}, patience={patience}, evenness={evenness}: use at least 1, 2, 1, 0"
         )
     drawn = draw(filters, sample, seed, least=2)
-    x = drawn.filters if device is None else drawn.filters.to(device)
+    x = drawn.filters if device is None else _on(device, drawn.filters)
     if float((x.flatten(1) @ x[0].flatten()).abs().min()) > 1 - 1e-6:
         raise ValueError("all filters are linear shifts of a single one: there is nothing to encode")
     options = {"seed": seed, "steps": steps, "batch_size": batch_size, "evenness": evenness, "patience": patience}
@@ -224,6 +225,13 @@ def autoencoder(
     told = f"autoencoder with a 1-D code, seed {seed}, {training.step} steps, of {drawn.describe()}"
     histogram = torch.histc(codes, BINS, 0, 1).long().numpy(force=True)
     return Autoencoder(tuple(training.history), histogram, len(x), told, network)
+
+
+def _on(device: str | torch.device, x: Tensor) -> Tensor:
+    try:
+        return x.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 class _Network(nn.Module):

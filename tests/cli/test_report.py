@@ -63,7 +63,11 @@ def test_refusals(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ([bank_dir, "--out", tmp_path], "ends in .html"),
         ([bank_dir, "--out", tmp_path / "none" / "page.html"], "there is no folder"),
-        ([bank_dir, "--out", tmp_path / "page.html", "--keys", "analytic:B:5", "--image", picture], "only other sizes"),
+        (
+            [bank_dir, "--out", tmp_path / "page.html", "--keys", "analytic:B:5", "--image", picture],
+            "choose keys of that size, as analytic:B:7",
+        ),
+        ([bank_dir, "--out", tmp_path / "page.html", "--png", picture], "this is a file; name a folder"),
         (["no/such/bank", "--out", tmp_path / "page.html", "--image", picture], "there is no file or folder"),
         ([bank_dir, "--out", tmp_path / "page.html", "--image", tmp_path / "none.png"], "none.png"),
     ):

@@ -152,3 +152,38 @@ def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> No
     result = run(tmp_path / "nan", "--keys", 2, "--out", out)
     assert result.exit_code == 0
     assert "note: left out 1 filters that hold NaN or Inf" in result.stderr
+
+
+def test_what_cannot_be_written_is_refused_before_the_search(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "this is a folder; name a file" in refused(bank_dir, "--out", bank_dir)
+    for option in ("--figures", "--state"):
+        assert "this is a file; name a folder" in refused(bank_dir, "--out", out, option, tmp_path / "file")
+        assert "cannot be made" in refused(bank_dir, "--out", out, option, tmp_path / "file" / "below")
+    if Path("/proc/self").is_dir():  # where nobody may make a file, not even root
+        assert "--out /proc/keys: the folder /proc cannot be written" in refused(bank_dir, "--out", "/proc/keys")
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bank", "file"]
+
+
+def test_options_that_would_not_count_are_refused(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    assert "takes no --out" in refused(bank_dir, "--compare", "--out", out)
+    assert "which was not asked for" in refused(bank_dir, "--model", tmp_path, "--data", tmp_path, "--out", out)
+    for option in ("--steps", "--candidates", "--per-class"):
+        assert run(bank_dir, option, 0, "--out", out).exit_code == 2
+    assert run(bank_dir, "--seed", -1, "--out", out).exit_code == 2
+
+
+def test_a_device_that_is_not_there(bank_dir: Path, out: Path) -> None:
+    words = (bank_dir, "--method", "autoencoder", "--out", out)
+    assert "device 'nonsense' cannot be used" in refused(*words, "--device", "nonsense")
+    if not torch.cuda.is_available():
+        assert "device 'cuda' cannot be used" in refused(*words, "--device", "cuda")
+
+
+def test_sources_that_hold_nothing_to_search_or_the_same_twice(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    untrained = FilterBank.from_layers([Layer("l", torch.randn(9, 7, 7))], "b-untrained")
+    untrained.save(tmp_path / "untrained")
+    assert "no trained model" in refused(tmp_path / "untrained", "--out", out)
+    FilterBank.open(bank_dir).select(model="a").save(tmp_path / "again")
+    assert "both hold a model called 'a'" in refused(bank_dir, tmp_path / "again", "--out", out)

@@ -1,0 +1,45 @@
+"""Where commands write: refused before the work, not after it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def file(path: Path, option: str) -> None:
+    """Check that a file can be written in its folder, by writing one that vanishes.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The path is a folder.
+        OSError: The folder cannot be written.
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: this is a folder; name a file")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {parent}")
+    _probe(parent, f"{option} {path}")
+
+
+def folder(path: Path, option: str) -> None:
+    """Make a folder, if it is not there, and check that files can be written in it.
+
+    Raises:
+        ValueError: The path is a file.
+        OSError: The folder cannot be made or written.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} {path}: this is a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option} {path}: the folder cannot be made ({error.strerror})") from error
+    _probe(path, f"{option} {path}")
+
+
+def _probe(path: Path, what: str) -> None:
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(f"{what}: the folder {path} cannot be written ({error.strerror})") from error
