@@ -107,6 +107,14 @@ def identify(filters: Any, *, progress: stream.Progress | None = None) -> Identi
     Gaussians is called so only if every other kind leaves more by `MARGIN`, because with alpha near 0 it is a single
     tap, which is the Gaussian of s = 0, and which of the two comes a little nearer is a matter of noise.
 
+    3 x 3 is too small for all names. A filter that is symmetric about both axes has four different taps there, and two
+    numbers once amplitude and offset are taken out; Gaussian, second difference in x or y and difference of Gaussians
+    have two parameters each, so they overlap: about half of all differences of Gaussians are Gaussians exactly, and so
+    are some second differences. The name is then that of the first in `NAMES`, whatever the filter was made as; the
+    other kinds keep theirs. A central difference has the taps -1, 0, 1 along its axis at any scale, so that what is
+    told of its scale there means nothing. Of planted filters 95 % get their kind back in 3 x 3 without noise and 92 %
+    with noise of a tenth of the norm; in 5 x 5 it is 100 and 98 %, in 7 x 7 100 and more than 99 %.
+
     The second estimate of the scales needs no fit, only the kind: the energy e = (f - m)^2, m the median of the
     window's outermost taps, has a variance along each axis, sum(e (c - mean(c))^2) / sum(e), which for a separable kind
     depends on that axis' scale alone and grows with it. It is looked up in the same window. That is exact for a filter

@@ -45,7 +45,8 @@ def command(
     """Name every filter: Gaussian, one-sided or central difference, second difference, difference of Gaussians.
 
     Keys are listed one by one with their scales in pixels; of a bank the share of each kind is told, with the medians
-    of its filters' scales and residuals.
+    of its filters' scales and residuals. In 3x3 a Gaussian, a second difference and a difference of Gaussians can be
+    the same filter, and is then called by the first of these names; a central difference has no scale along its axis.
     """
     with user_errors():
         import pyarrow as pa

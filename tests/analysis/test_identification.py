@@ -96,6 +96,23 @@ def test_planted_members_come_back(k: int) -> None:
     assert (found.sign == np.sign(amplitude)).all()
 
 
+def test_in_3x3_only_kinds_that_hold_the_same_filters_are_taken_for_one_another() -> None:
+    filters, kinds, scales, *_ = planted(3000, 3, 0.0)
+    found = identify(filters)
+    other = found.kind != kinds
+    assert set(kinds[other]) == {DOG, "second difference in x", "second difference in y"}
+    assert set(found.kind[other]) == {"Gaussian"}
+    assert found.residual.max() < 1e-3, "they are that filter exactly"
+    assert 0.4 < other[kinds == DOG].mean() < 0.55
+    assert (~other).mean() > 0.94
+    of_kind = kinds == "central difference in x"
+    np.testing.assert_allclose(found.scale_y[of_kind], scales[of_kind, 1], atol=1e-3)
+    filters, kinds, *_ = planted(3000, 3, 0.1)
+    assert (identify(filters).kind == kinds).mean() > 0.91
+    filters, kinds, *_ = planted(3000, 5, 0.1)
+    assert (identify(filters).kind == kinds).mean() > 0.97
+
+
 def test_kinds_survive_noise() -> None:
     filters, kinds, scales, *_ = planted(3000, 7, 0.1)
     found = identify(filters)
