@@ -10,12 +10,14 @@ from mkf.experiments.matched_keys import match_keys
 from tests.search.conftest import one_thread  # noqa: F401
 from tests.search.planted import plant
 
-PLANTED = mkf.keys.paper8()[:4]
+PLANTED = mkf.keys.paper8()[[0, 1, 2, 4]]
 
 
 @pytest.fixture(scope="module")
 def found():
-    filters, _ = plant(PLANTED, 800, seed=0, shares=[0.25] * 4, noise=0.05)
+    stronger = torch.where(PLANTED.filters < 0, 1.2, 1.0)
+    stronger[:3] = 1  # of the last key the negative side is the stronger, so the clusters' key is turned
+    filters, _ = plant(mkf.KeySet(PLANTED.filters * stronger), 800, seed=0, shares=[0.25] * 4, noise=0.05)
     return match_keys(FilterBank.from_layers([Layer("l", filters)], "m"), 4, steps=300)
 
 
@@ -24,7 +26,10 @@ def test_each_key_stands_under_its_partner(found):
     for name, keys in found.others.items():
         cosines = (found.clusters.centred() * keys.centred()).sum((1, 2)).numpy()
         assert np.allclose(cosines, found.cosines[name], atol=1e-5), "in this order, turned to these signs"
-    assert found.cosines["paper8"].min() > 0.99
+    assert found.cosines["paper8"].min() > 0.98
+    paper = mkf.keys.paper8()
+    own = paper.centred()[[paper.names.index(name) for name in found.others["paper8"].names]]
+    assert ((own * found.others["paper8"].centred()).sum((1, 2)) < 0).any(), "one of them had to be turned"
     assert found.others["paper8"].names != PLANTED.names, "the clusters' order is by share, not the paper's"
     assert set(found.others["paper8"].names) == set(PLANTED.names)
     assert found.cosines["autoencoder"].min() > 0.9

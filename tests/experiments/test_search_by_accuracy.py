@@ -1,5 +1,7 @@
 """The search by accuracy and its test, on a network that tells two colours apart."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -23,6 +25,11 @@ def run(tmp_path, colours):  # noqa: F811
 
 
 def test_searched_on_training_images_and_tested_on_the_others(run, colours, tmp_path):  # noqa: F811
+    [test_file] = colours.glob("val-*")
+    table = pq.read_table(test_file)
+    pq.write_table(
+        table.set_column(1, "label", pa.array([1] * len(table), pa.int64())), test_file
+    )  # the others' labels
     network, _ = load_weights(run / "model.safetensors")
     bank = FilterBank.from_model(network, "m")
     found = search_by_accuracy(bank, run, colours, 3, per_class=4, steps=20, state=tmp_path / "state")
@@ -41,6 +48,10 @@ def test_searched_on_training_images_and_tested_on_the_others(run, colours, tmp_
     for name, keys in sets.items():
         assert found.accuracy[name] == judge.top1(keys)
 
+    judged = ParquetImages(colours)
+    trained = Accuracy(network, evaluation_loader(judged, judged, 16, 4), split="train")
+    assert found.accuracy["original"] != trained.top1(), "a test that could tell them apart"
+    assert found.second.curve[0].loss == pytest.approx(1 - trained.top1(found.second.candidates))
     assert found.markdown().splitlines()[2] == f"| original | {100 * found.accuracy['original']:.1f} |"
     assert found.draw(tmp_path).name == "elimination.png"
     first, second = (
