@@ -52,6 +52,15 @@ MKF_ALWAYS_INLINE static inline X fresh(X x) {
     return x;
 }
 
+// The same for a vector: else, where one of two filters is used, compilers load the taps before they know which one it is,
+// and keep them in memory.
+MKF_ALWAYS_INLINE static inline Vec in_register(Vec x) {
+#if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
+    asm volatile("" : "+v"(x.v));
+#endif
+    return x;
+}
+
 // Inputs that lie `stride` elements apart in a tensor; next() has to be called once for each of them, in order.
 template <class T>
 struct Strided {
@@ -64,6 +73,17 @@ struct Strided {
     MKF_ALWAYS_INLINE void next() { at = fresh(at + stride); }
 };
 
+// The same, each with the one that lies `further` elements after it added.
+template <class T>
+struct SumOfTwo {
+    Strided<T> first;
+    std::ptrdiff_t further;
+
+    template <class I>
+    MKF_ALWAYS_INLINE Vec operator()(I) const { return load(first.at, first.lanes) + load(first.at + further, first.lanes); }
+    MKF_ALWAYS_INLINE void next() { first.next(); }
+};
+
 // A filter of k taps a lane: sums[j] += taps[G::tap(i, j)] * input i.
 template <class G>
 struct Taps {
@@ -71,7 +91,10 @@ struct Taps {
     Vec (&sums)[G::run];
 
     MKF_ALWAYS_INLINE Taps(const Vec* from, Vec (&to)[G::run]) : sums(to) {
-        unroll<G::k>([&](auto t) MKF_ALWAYS_INLINE { taps[t] = from[t]; });
+        unroll<G::k>([&](auto t) MKF_ALWAYS_INLINE { taps[t] = in_register(from[t]); });
+    }
+    MKF_ALWAYS_INLINE void minus(const Vec* others) {
+        unroll<G::k>([&](auto t) MKF_ALWAYS_INLINE { taps[t] = taps[t] - others[t]; });
     }
     template <class I>
     MKF_ALWAYS_INLINE void meet(I, Vec x) {
@@ -126,7 +149,7 @@ template <class G, class Input, class... Filters>
 MKF_ALWAYS_INLINE static inline void filter(Input input, Inside inside, Filters&... filters) {
     inside.bits = fresh(inside.bits);
     unroll<G::inputs>([&](auto i) MKF_ALWAYS_INLINE {
-        if (inside.holds(i)) {
+        if (__builtin_expect(inside.holds(i), true)) {
             const Vec x = input(i);
             (filters.meet(i, x), ...);
         }

@@ -51,13 +51,22 @@ struct Store {
 
     template <class Input>
     void column(const Input&, Inside) {}
+    bool wants_columns() const { return false; }
     void end_of_block() {}
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&)[N]) {
         T* to = out.at(run.row, run.column);
+        const std::ptrdiff_t stride = out.column_stride;
+        if (run.count == N) {
+            unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+                store(to, sums[j], lanes);
+                to += stride;
+            });
+            return;
+        }
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-            if (j < run.count) store(to + j * out.column_stride, sums[j], lanes);
+            if (j < run.count) store(to + j * stride, sums[j], lanes);
         });
     }
 };
@@ -145,6 +154,8 @@ struct Gradients {
         filter<G>(input, inside, own);
         d_bias.block = d_bias.block + own.sum;
     }
+
+    bool wants_columns() const { return of_bias; }
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&windows)[N]) {
