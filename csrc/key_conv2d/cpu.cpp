@@ -74,6 +74,8 @@ struct SortedChannels {
     }
 };
 
+std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
 #if defined(MKF_X86)
     if (isa == Isa::avx512) return avx512::key_conv2d(p, tensors, table, threads);
@@ -96,6 +98,7 @@ void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& t
 
 void key_conv2d_cpu(const KeyConv2d& p, const KeyConv2dForward& tensors, Isa isa, int threads) {
     const OwnedKeyTable table(p);
+    expect_to_fill(tensors.out, p.batch * p.channels * p.out_height() * p.out_width() * size_of(p.dtype));
     if (p.channels_last) return run(p, tensors, table.view, isa, threads);
     const SortedChannels sorted(p);
     KeyConv2dForward of_sorted = tensors;
@@ -109,6 +112,7 @@ void key_conv2d_cpu(const KeyConv2d& p, const KeyConv2dForward& tensors, Isa isa
 
 void key_conv2d_backward_cpu(const KeyConv2d& p, const KeyConv2dBackward& tensors, Isa isa, int threads) {
     const OwnedKeyTable table(p);
+    if (tensors.dx) expect_to_fill(tensors.dx, p.batch * p.channels * p.height * p.width * size_of(p.dtype));
     if (p.channels_last) return run(p, tensors, table.view, isa, threads);
     const SortedChannels sorted(p);
     KeyConv2dBackward of_sorted = tensors;
