@@ -33,10 +33,12 @@ inline bool cpu_runs(Isa isa) {
 // longer than what is computed to fill them. Elsewhere, and where the pages exist, it changes nothing.
 inline void expect_to_fill(void* p, std::int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t page = 4096, large_page = 1 << 21;
-    const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(p) + page - 1) / page * page;
-    const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(p) + bytes) / page * page;
-    if (first + large_page <= last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    constexpr std::uintptr_t page = 4096;
+    constexpr std::int64_t large_page = 1 << 21;
+    // Whole pages, also those that are only partly ours: neighbours that ask too can then share a large one.
+    const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p), first = address / page * page;
+    const std::uintptr_t last = (address + bytes + page - 1) / page * page;
+    if (bytes >= large_page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
     (void)p, (void)bytes;
 #endif
