@@ -1,6 +1,8 @@
 // Rows of numbers, one to a lane, read as columns: a transposition in steps that fit between other work.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/unroll.hpp"
 #include "../common/vec.hpp"
 
