@@ -57,6 +57,10 @@ def command(
         console.print(report.model_table(analysis), "")
         for line in report.notes(analysis):
             console.print(line, soft_wrap=not console.is_terminal)
+        if controls := len(analysis.models) - len(analysis.trained.models):
+            console.print(
+                f"Untrained networks, {controls} here, are part of all sums; mkf report leaves them out of its."
+            )
         if out is not None:
             written = report.write(analysis, out)
             try:

@@ -212,7 +212,7 @@ def _report(
         points = ", ".join(f"{step.keys}: {step.loss:.4f}" for step in shown)
         console.print(f"{elimination.objective}, loss by keys left: {points}; elbow at {elimination.elbow}")
     statistics = fit_statistics(bank, found)
-    table = Table("key", "filters", "share", "mean residual", title=f"{len(found)} keys of {len(bank):,} filters")
+    table = Table("key", "filters", "share", "mean residual", title=f"Keys: {len(found)}, of {len(bank):,} filters")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, count, share, mean in zip(
@@ -221,6 +221,8 @@ def _report(
         table.add_row(name, f"{count:,}", f"{share:.1%}", f"{mean:.3f}" if count else "-")
     table.add_row("all", f"{statistics.count.sum():,}", "", f"{statistics.over_keys().mean[0, 0]:.3f}")
     console.print(table)
+    if left_out := statistics.dead.sum() + statistics.not_finite.sum():
+        console.print(f"Constant or not finite, under no key: {left_out:,}")
 
 
 def _draw(

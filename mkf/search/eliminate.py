@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from mkf.keys import KeySet
 from mkf.search.objectives import Judge, Loss, Objective, fingerprint
 
@@ -69,7 +71,7 @@ class Elimination:
 
 
 def eliminate(
-    candidates: KeySet,
+    candidates: KeySet | Tensor,
     k: int | None = 8,
     objective: Objective | None = None,
     *,
@@ -88,7 +90,8 @@ def eliminate(
     The search goes on to a single key whatever k is, so that the curve shows its elbow.
 
     Args:
-        candidates: K different filters, for example `autoencoder(...).candidates(50)`.
+        candidates: K different filters, for example `autoencoder(...).candidates(50)`: a `KeySet`, or (K, k, k) of
+            which one can be made.
         k: How many keys to keep, 1 to K; None for the curve's elbow.
         objective: `Residual(filters)`, `OutputError(model, batches, split=)` or `Accuracy(model, loader, split=)`.
         state: A JSON file that holds what is done so far: written (atomically) after every step, and within a step that
@@ -98,9 +101,10 @@ def eliminate(
 
     Raises:
         ValueError: No objective, k out of 1 to K, an objective on a test set, candidates of another size than the
-            filters, or a state file that is damaged or of another search.
+            filters, or a state that is a folder, damaged or of another search.
         OSError: The state file cannot be read or written.
     """
+    candidates = candidates if isinstance(candidates, KeySet) else KeySet(candidates)
     count = len(candidates)
     if objective is None or isinstance(objective, str):
         raise ValueError("say what keys are judged by: objective=mkf.search.Residual(filters), OutputError or Accuracy")
@@ -158,6 +162,8 @@ class _State:
         """Candidates removed so far, the losses of the curve, and the losses known in the current step."""
         if not self._path.exists():
             return None
+        if self._path.is_dir():
+            raise ValueError(f"state={self._path}: this is a folder; name a file")
         try:
             content = json.loads(self._path.read_text())
             differs = [name for name, value in self._identity.items() if content[name] != value]

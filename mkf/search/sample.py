@@ -121,8 +121,10 @@ def draw(filters: Any, rows: int = SAMPLE, seed: int = 0, least: int = 1) -> Sam
         ValueError: A bank of several kernel sizes, a shape that is no filter's, or fewer live filters than `least`.
         TypeError: No floating-point numbers.
     """
-    if rows < 1:
-        raise ValueError(f"sample={rows}: a search needs at least one filter")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: give a whole number from 0")
+    if rows < max(least, 1):
+        raise ValueError(f"sample={rows}: this search needs at least {max(least, 1)}")
     total = len(filters)
     rng = np.random.default_rng(seed)
     kept: list[Tensor] = []

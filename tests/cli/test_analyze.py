@@ -49,12 +49,14 @@ def test_the_embedded_bank_is_the_default() -> None:
     assert result.stdout == analyze("embedded", "--no-layers").stdout
     for model in FilterBank.embedded().models:
         assert model in result.stdout
+    assert "Untrained networks, 2 here, are part of all sums" in result.stdout
 
 
 def test_a_saved_bank(bank_dir: Path) -> None:
     result = analyze(bank_dir)
     assert result.exit_code == 0, result.output
     assert "8 filters of 7x7 in 1 layer of 1 model." in result.stdout
+    assert "Untrained" not in result.stdout
     assert "filters of each key" in result.stdout
     assert "filters of each key" not in analyze(bank_dir, "--no-layers").stdout
 

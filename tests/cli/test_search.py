@@ -52,7 +52,7 @@ def out(tmp_path: Path) -> Path:
 def test_clusters_of_the_trained_models(bank_dir: Path, out: Path, tmp_path: Path) -> None:
     result = run(bank_dir, "--keys", 4, "--out", out, "--figures", tmp_path / "figures")
     assert result.exit_code == 0, result.output
-    assert "4 keys of 400 filters" in result.stdout
+    assert "Keys: 4, of 400 filters" in result.stdout
     found = mkf.KeySet.load(out)
     assert matching(found, KEYS).min() > 0.99
     bank = FilterBank.open(bank_dir).select(model=["a", "b"])

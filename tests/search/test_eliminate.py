@@ -144,6 +144,8 @@ def test_a_state_of_another_search_or_a_damaged_one_is_refused(tmp_path):
     eliminate(seven, 2, Accuracy(model, [(x, labels)], split="train"), state=other)
     with pytest.raises(ValueError, match="resume it with the same filters, network and images"):
         eliminate(seven, 2, Accuracy(model, [(x, labels + 9)], split="train"), state=other)
+    with pytest.raises(ValueError, match="this is a folder; name a file"):
+        eliminate(candidates, 2, Residual(filters), state=tmp_path)
     for damage in ("", "{}", "[]", state.read_text()[:-20]):
         state.write_text(damage)
         with pytest.raises(ValueError, match="damaged"):
@@ -163,4 +165,6 @@ def test_what_is_refused():
         eliminate(candidates, 2, Residual(torch.randn(50, 5, 5)))
     with pytest.raises(ValueError, match="there are 0"):
         Residual(torch.ones(50, 7, 7))
+    by_tensor, by_set = (eliminate(given, 2, Residual(filters)).keys for given in (candidates.filters, candidates))
+    assert torch.equal(by_tensor.filters, by_set.filters)
     assert len(eliminate(candidates[:1], 1, Residual(filters)).keys) == 1

@@ -76,6 +76,10 @@ def test_what_is_refused():
         unit(torch.ones(10, 5, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="mixes kernel sizes"):
         draw(FilterBank.from_layers([Layer("a", filters(k=3)), Layer("b", filters(k=5))], "m"))
+    with pytest.raises(ValueError, match="sample=2: this search needs at least 3"):
+        draw(torch.randn(5, 7, 7), 2, least=3)
+    with pytest.raises(ValueError, match="seed=-1: give a whole number"):
+        draw(torch.randn(5, 7, 7), seed=-1)
     with pytest.raises(ValueError, match="sample=0"):
         draw(filters(), 0)
     broken = filters()

@@ -106,7 +106,7 @@ def _fits(analysis: Analysis, bank: FilterBank | None) -> tuple[bytes, str]:
         return b"", ""
     if analysis.tally.filters > MOST_FILTERS:
         return b"", f"The fits of {whole(analysis.tally.filters)} filters are not in this page: mkf fit writes them."
-    said = "In fits.safetensors: key, scale, shift, residual, layer and channel of every filter."
+    said = "In fits.safetensors: index (of the key, from 0), scale, shift, residual, layer and channel of every filter."
     return fits_file(bank.select(k=analysis.keys.kernel_size), analysis.keys), said
 
 
