@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mkf.cli import _sources
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -39,10 +39,8 @@ def command(
         from mkf.analysis import analyse, report
         from mkf.keys import parse
 
-        if out is not None and out.exists() and not out.is_dir():
-            raise NotADirectoryError(f"{out} is not a folder: --out names the folder to write into")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)  # now, and not after all the work
+            _outputs.folder(out, "--out")
         key_set = parse(keys)
         with _sources.bars(Console(stderr=True)) as progress:
             bank = _sources.read(sources, pretrained, key_set.kernel_size, progress)

@@ -135,7 +135,7 @@ def test_bad_options(bank_dir: Path, tmp_path: Path) -> None:
     refused(bank_dir, "--keys", "analytic:Z")
     file = tmp_path / "file"
     file.write_text("")
-    assert "--out names the folder" in refused(bank_dir, "--out", file)
+    assert "this is a file; name a folder" in refused(bank_dir, "--out", file)
     assert "file" in refused(bank_dir, "--out", file / "below")
 
 

@@ -7,25 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mkf import affine_fit
-from mkf.kernels import extension, registry
+from mkf.kernels import registry
 from tests.kernels.affine_fit_float64 import assert_agrees, line_of_best_key
+from tests.kernels.runs_here import runnable
 
 CPU = torch.device("cpu")
 
 
-def runnable():
-    """(backend, instruction set) of everything that can run here."""
-    for implementation in registry.implementations("affine_fit"):
-        if implementation.why_not(CPU) is not None:
-            continue
-        if implementation.name == "native":
-            native = extension.native()
-            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
-        else:
-            yield implementation.name, None
-
-
-@pytest.fixture(params=runnable(), ids=lambda p: "-".join(filter(None, p)))
+@pytest.fixture(params=runnable("affine_fit"), ids=lambda p: "-".join(filter(None, p)))
 def fit(request, monkeypatch):
     """`affine_fit` by one implementation."""
     backend, isa = request.param
@@ -239,7 +228,7 @@ def test_filters_that_are_converted_in_pieces(fit):
     assert all(torch.equal(x, y) for x, y in zip(fit(filters, keys), fit(filters.float(), keys), strict=True))
 
 
-@pytest.mark.parametrize("isa", [isa for name, isa in runnable() if name == "native"])
+@pytest.mark.parametrize("isa", [isa for name, isa in runnable("affine_fit") if name == "native"])
 def test_many_outputs_at_any_address(isa, monkeypatch):
     """Outputs that no cache would keep are written past it where their address allows that, and come out the same."""
     from mkf.kernels.affine_fit import native

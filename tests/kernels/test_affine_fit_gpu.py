@@ -1,14 +1,11 @@
 """The CUDA and Triton kernels: on a GPU if there is one, and without one their code on the CPU and in the compilers."""
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +16,7 @@ from mkf.kernels.registry import implementations
 from mkf.ops.affine_fit import _prepare
 from tests.kernels.affine_fit_float64 import assert_agrees
 from tests.kernels.pretender import enlist
+from tests.kernels.runs_here import ROOT, run_interpreted, triton_version
 from tests.kernels.test_affine_fit import (  # noqa: F401
     noise,
     test_a_common_offset_costs_nothing,
@@ -40,7 +38,6 @@ from tests.kernels.test_affine_fit import (  # noqa: F401
     test_tiny_and_huge_filters,
 )
 
-ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
 BACKENDS = {i.name: i for i in implementations("affine_fit") if i.devices == ("cuda",)}
 
@@ -134,24 +131,8 @@ def test_more_than_fits_into_shared_memory_at_once(fit):
     assert (best.residual.diff(dim=1) > -1e-6).all()
 
 
-def triton_version():
-    triton = pytest.importorskip("triton")
-    return tuple(map(int, triton.__version__.split(".")[:2]))
-
-
 def test_triton_in_its_interpreter():
-    """In a process of its own: the interpreter is chosen when triton is imported."""
-    if triton_version() < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("this Triton's interpreter does not run loops with this numpy")
-    file = Path(__file__).with_name("affine_fit_triton_interpreted.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", file],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
+    run_interpreted("affine_fit_triton_interpreted.py")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

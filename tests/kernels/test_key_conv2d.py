@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mkf import keys as key_sets
-from mkf.kernels import extension, registry
+from mkf.kernels import registry
 from mkf.kernels.key_conv2d.plan import make_plan
 from tests.kernels import key_conv2d_float64 as float64
+from tests.kernels.runs_here import runnable
 
 CPU = torch.device("cpu")
 GRADIENTS = ("dx", "d_scale", "d_shift", "d_bias")
@@ -21,19 +22,7 @@ ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the norm of an output;
 SUM_ERROR = 2e-6  # of gradients that are sums, float32 in any case, relative to the norm of what is summed up
 
 
-def runnable():
-    """(backend, instruction set) of everything that can run here."""
-    for implementation in registry.implementations("key_conv2d"):
-        if implementation.why_not(CPU) is not None:
-            continue
-        if implementation.name == "native":
-            native = extension.native()
-            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
-        else:
-            yield implementation.name, None
-
-
-@pytest.fixture(params=runnable(), ids=lambda p: "-".join(filter(None, p)))
+@pytest.fixture(params=runnable("key_conv2d"), ids=lambda p: "-".join(filter(None, p)))
 def backend(request, monkeypatch):
     """The module of one implementation."""
     name, isa = request.param

@@ -2,14 +2,11 @@
 
 import ctypes
 import itertools
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,8 +27,8 @@ from tests.kernels.key_conv2d_cases import (
     ZERO,
     Case,
 )
+from tests.kernels.runs_here import ROOT, run_interpreted
 
-ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
 BACKENDS = {i.name: i for i in implementations("key_conv2d") if i.devices == ("cuda",)}
 HALF_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
@@ -224,24 +221,8 @@ def test_blocks_fit_into_shared_memory(host_library):
             assert 0 < library.key_conv2d_shared_bytes(ctypes.byref(p)) <= SHARED_MEMORY, (k, stride, dtype, last, h, w)
 
 
-def triton_version():
-    installed = pytest.importorskip("triton")
-    return tuple(map(int, installed.__version__.split(".")[:2]))
-
-
 def test_triton_in_its_interpreter():
-    """In a process of its own: the interpreter is chosen when triton is imported."""
-    if triton_version() < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("this Triton's interpreter does not run loops with this numpy")
-    file = Path(__file__).with_name("key_conv2d_triton_interpreted.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", file],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
+    run_interpreted("key_conv2d_triton_interpreted.py")
 
 
 def resource_usage(cubin):
