@@ -1,5 +1,6 @@
 """What a bank holds: statistics of its filters under the keys, as numbers, tables and figures."""
 
+from mkf.analysis.counting import analyse
 from mkf.analysis.identification import Identification, identify
 from mkf.analysis.natural import NaturalKeys, Reconstruction, natural_keys, reconstruct
 from mkf.analysis.similarity import Matching, duplicates, effective_dimension, match
@@ -10,7 +11,6 @@ from mkf.analysis.statistics import (
     ModelStatistics,
     SampledFilters,
     Tally,
-    analyse,
 )
 
 __all__ = [

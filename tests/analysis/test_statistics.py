@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mkf
-from mkf.analysis import analyse, statistics
+from mkf.analysis import analyse, counting, statistics
 from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally
 from mkf.bank import FilterBank, Layer
 from mkf.ops.fit_statistics import histogram_quantile
@@ -129,7 +129,7 @@ def test_batches_change_nothing(on_disk: bool, tmp_path: Path, monkeypatch: pyte
     if on_disk:
         bank.save(tmp_path / "bank")
         bank = FilterBank.open(tmp_path / "bank")
-    monkeypatch.setattr(statistics, "_BATCH_ROWS", 100)
+    monkeypatch.setattr(counting, "_BATCH_ROWS", 100)
     seen: list[tuple[int, int]] = []
     batched = analyse(bank, KEYS, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) >= 8
@@ -152,7 +152,7 @@ def test_controls_are_counted_but_not_shown() -> None:
 
 
 def test_the_sample_is_bounded_and_holds_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_SAMPLE_PER_KEY", 5)
+    monkeypatch.setattr(counting, "_SAMPLE_PER_KEY", 5)
     bank = bank_of(noise(400, 7, 7))
     analysis = analyse(bank, KEYS)
     index = fit_float64(torch.from_numpy(analysis.sample.filters), KEYS)[0]
@@ -181,7 +181,7 @@ def test_histogram_quantiles_are_numpys_to_half_a_bin(values: list[float]) -> No
 
 
 def test_white_noise() -> None:
-    assert statistics.noise_correlation(KEYS) == pytest.approx(0.24, abs=0.005)
+    assert counting.noise_correlation(KEYS) == pytest.approx(0.24, abs=0.005)
     # Filters of noise are no better off with the published keys than with random ones.
     tally = analyse(bank_of(noise(1000, 7, 7, seed=3)), KEYS).tally
     assert tally.mean_correlation == pytest.approx(0.24, abs=0.01)
@@ -275,7 +275,7 @@ def test_residuals_key_by_key() -> None:
 
 @pytest.mark.parametrize("rows", [10**6, 7])
 def test_duplicates_and_dimension(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_ROWS", rows)  # layers are cut, and counted all the same
+    monkeypatch.setattr(counting, "_BATCH_ROWS", rows)  # layers are cut, and counted all the same
     first, second = noise(40, 7, 7), noise(20, 7, 7, seed=1)
     first[30:] = -2 * first[:10] + 1
     second[:5] = first[:5]  # in another layer, which does not count
@@ -292,7 +292,7 @@ def test_the_atlas(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = bank_of(noise(200, 7, 7), torch.cat([noise(30, 7, 7, seed=1), torch.zeros(3, 7, 7)]))
     assert all(layer.sample is None for layer in analyse(bank, KEYS).models[0].layers)
     wanted = analyse(bank, KEYS, atlas=4).models[0].layers
-    monkeypatch.setattr(statistics, "_BATCH_ROWS", rows)
+    monkeypatch.setattr(counting, "_BATCH_ROWS", rows)
     for number, (layer, other) in enumerate(zip(analyse(bank, KEYS, atlas=4).models[0].layers, wanted, strict=True)):
         sample = layer.sample
         assert np.bincount(sample.index, minlength=8).tolist() == np.minimum(layer.tally.counts, 4).tolist()
