@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "affine_fit/affine_fit.hpp"
+#include "common/snapshot.hpp"
 #include "key_conv2d/cuda.hpp"
 #include "key_conv2d/key_conv2d.hpp"
 
@@ -38,10 +39,8 @@ mkf::AffineFit affine_fit_problem(std::uintptr_t filters, int dtype, std::int64_
 using ConvShape = std::tuple<int, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, int>;
 // (keys_count, most_terms) and the addresses of keys, direct, terms, columns, rows, box, tap, tap_row, tap_column
 using ConvPlan = std::tuple<int, int, std::array<std::uintptr_t, 9>>;
-// The addresses of index, scale, shift
-using ConvChannels = std::array<std::uintptr_t, 3>;
 
-mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels) {
+mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan) {
     const auto& [dtype, channels_last, batch, channel_count, height, width, k, stride] = shape;
     const auto& [keys_count, most_terms, at] = plan;
     if (k < 3 || k > 11 || k % 2 == 0 || stride < 1 || stride > 2 || keys_count < 1 || most_terms < 1)
@@ -52,8 +51,7 @@ mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan, 
             keys_count, most_terms, pointer<const float>(at[0]), pointer<const bool>(at[1]),
             pointer<const std::int32_t>(at[2]), pointer<const float>(at[3]), pointer<const float>(at[4]),
             pointer<const float>(at[5]), pointer<const float>(at[6]), pointer<const std::int32_t>(at[7]),
-            pointer<const std::int32_t>(at[8]), pointer<const std::int32_t>(channels[0]),
-            pointer<const float>(channels[1]), pointer<const float>(channels[2]), nullptr};
+            pointer<const std::int32_t>(at[8]), nullptr, nullptr, nullptr, nullptr};
 }
 
 #if defined(MKF_WITH_CUDA)
@@ -96,6 +94,7 @@ PYBIND11_MODULE(_native, m) {
         .value("avx2", mkf::Isa::avx2)
         .value("avx512", mkf::Isa::avx512);
     m.def("cpu_runs", &mkf::cpu_runs, py::arg("isa"), "Whether this build and this processor can run `isa`.");
+    m.def("isa", &mkf::isa_in_use, "The best that can run, or the one that MKF_ISA names.");
 
 #if defined(_OPENMP)
     m.attr("openmp") = true;
@@ -108,46 +107,63 @@ PYBIND11_MODULE(_native, m) {
         [](std::uintptr_t filters, int dtype, std::int64_t count, std::int64_t stride, std::int64_t row_stride,
            std::int64_t col_stride, int k, std::uintptr_t keys, std::uintptr_t inverse_norms, std::uintptr_t key_means,
            int keys_count, int best, bool positive, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift,
-           std::uintptr_t residual, mkf::Isa isa, int threads) {
+           std::uintptr_t residual, int threads) {
             const auto problem =
                 affine_fit_problem(filters, dtype, count, stride, row_stride, col_stride, k, keys, inverse_norms,
                                    key_means, keys_count, best, positive, index, scale, shift, residual);
-            if (!mkf::cpu_runs(isa)) throw std::invalid_argument("affine_fit: this processor lacks that instruction set");
+            const mkf::Isa isa = mkf::isa_in_use();
             py::gil_scoped_release release;
             mkf::affine_fit_cpu(problem, isa, threads);
         },
         py::arg("filters"), py::arg("dtype"), py::arg("count"), py::arg("stride"), py::arg("row_stride"),
         py::arg("col_stride"), py::arg("k"), py::arg("keys"), py::arg("inverse_norms"), py::arg("key_means"),
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
-        py::arg("shift"), py::arg("residual"), py::arg("isa"), py::arg("threads"));
+        py::arg("shift"), py::arg("residual"), py::arg("threads"));
 
-    m.def(
-        "key_conv2d_cpu",
-        [](const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels, std::uintptr_t x,
-           std::uintptr_t bias, std::uintptr_t out, mkf::Isa isa, int threads) {
-            const auto problem = key_conv2d_problem(shape, plan, channels);
-            if (!mkf::cpu_runs(isa)) throw std::invalid_argument("key_conv2d: this processor lacks that instruction set");
-            py::gil_scoped_release release;
-            mkf::key_conv2d_cpu(problem, {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out)}, isa,
-                                threads);
-        },
-        py::arg("shape"), py::arg("plan"), py::arg("channels"), py::arg("x"), py::arg("bias"), py::arg("out"),
-        py::arg("isa"), py::arg("threads"));
-    m.def(
-        "key_conv2d_backward_cpu",
-        [](const ConvShape& shape, const ConvPlan& plan, const ConvChannels& channels, std::uintptr_t dy,
-           std::uintptr_t x, std::uintptr_t dx, std::uintptr_t d_scale, std::uintptr_t d_shift, std::uintptr_t d_bias,
-           mkf::Isa isa, int threads) {
-            const auto problem = key_conv2d_problem(shape, plan, channels);
-            if (!mkf::cpu_runs(isa)) throw std::invalid_argument("key_conv2d: this processor lacks that instruction set");
-            py::gil_scoped_release release;
-            mkf::key_conv2d_backward_cpu(problem,
-                                         {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx),
-                                          pointer<float>(d_scale), pointer<float>(d_shift), pointer<float>(d_bias)},
-                                         isa, threads);
-        },
-        py::arg("shape"), py::arg("plan"), py::arg("channels"), py::arg("dy"), py::arg("x"), py::arg("dx"),
-        py::arg("d_scale"), py::arg("d_shift"), py::arg("d_bias"), py::arg("isa"), py::arg("threads"));
+    py::class_<mkf::Snapshot>(m, "Snapshot", "The values of keys and index, and MKF_BACKEND, as they are now.")
+        .def(py::init([](std::uintptr_t keys, std::size_t key_bytes, std::uintptr_t index, std::int64_t channels) {
+                 return new mkf::Snapshot(pointer<const void>(keys), key_bytes, pointer<const void>(index), channels);
+             }),
+             py::arg("keys"), py::arg("key_bytes"), py::arg("index"), py::arg("channels"))
+        .def(
+            "holds",
+            [](const mkf::Snapshot& snapshot, std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale,
+               std::uintptr_t shift) {
+                return snapshot.holds(pointer<const void>(keys), pointer<const void>(index),
+                                      pointer<const float>(scale), pointer<const float>(shift));
+            },
+            py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"),
+            "Whether they still are so, and scale and shift finite.");
+
+    // Arguments without names: these are called for every layer, and names take as long as the rest.
+    py::class_<mkf::KeyConv2dCpu>(m, "KeyConv2dCpu", "The key convolution of one plan and one size.")
+        .def(py::init([](const ConvShape& shape, const ConvPlan& plan) {
+                 return new mkf::KeyConv2dCpu(key_conv2d_problem(shape, plan));
+             }),
+             py::arg("shape"), py::arg("plan"))
+        .def(
+            "forward",
+            [](const mkf::KeyConv2dCpu& conv, int threads, std::uintptr_t index, std::uintptr_t scale,
+               std::uintptr_t shift, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t out) {
+                const mkf::Isa isa = mkf::isa_in_use();
+                py::gil_scoped_release release;
+                conv.forward({pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)},
+                             {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out)}, isa, threads);
+            },
+            "(threads, index, scale, shift, bias, x, out)")
+        .def(
+            "backward",
+            [](const mkf::KeyConv2dCpu& conv, int threads, std::uintptr_t index, std::uintptr_t scale,
+               std::uintptr_t shift, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t dx, std::uintptr_t d_scale,
+               std::uintptr_t d_shift, std::uintptr_t d_bias) {
+                const mkf::Isa isa = mkf::isa_in_use();
+                py::gil_scoped_release release;
+                conv.backward({pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)},
+                              {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx),
+                               pointer<float>(d_scale), pointer<float>(d_shift), pointer<float>(d_bias)},
+                              isa, threads);
+            },
+            "(threads, index, scale, shift, dy, x, dx, d_scale, d_shift, d_bias)");
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;

@@ -1,7 +1,6 @@
 """The compiled extension `mkf._native`, if this installation has it."""
 
 import importlib.util
-import os
 from functools import cache
 from typing import Any
 
@@ -36,15 +35,5 @@ def isa() -> str:
     Raises:
         ValueError: `MKF_ISA` names no instruction set, or one that this processor or this build lacks.
     """
-    return _isa(os.environ.get("MKF_ISA"))
-
-
-@cache
-def _isa(wanted: str | None) -> str:
-    extension = native()
-    here = [name for name in ISAS if extension.cpu_runs(getattr(extension.Isa, name))]
-    if not wanted:
-        return here[0]
-    if wanted not in here:
-        raise ValueError(f"MKF_ISA={wanted!r}: here {', '.join(here)} can run")
-    return wanted
+    name: str = native().isa().name
+    return name

@@ -1,7 +1,11 @@
-// Which instruction sets this processor runs, and a parallel loop.
+// Which instruction sets this processor runs and which one is used, and a parallel loop.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -27,6 +31,25 @@ inline bool cpu_runs(Isa isa) {
 #else
     return isa == Isa::portable;
 #endif
+}
+
+struct NamedIsa {
+    Isa isa;
+    const char* name;
+};
+constexpr NamedIsa isas[] = {{Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};  // best first
+
+// The best that this processor runs, or the one that the environment variable MKF_ISA names. Looks at every call: the
+// variable may change, and reading it from Python takes as long as a small layer.
+inline Isa isa_in_use() {
+    const char* const wanted = std::getenv("MKF_ISA");
+    std::string here;
+    for (const auto& [isa, name] : isas) {
+        if (!cpu_runs(isa)) continue;
+        if (wanted == nullptr || *wanted == 0 || std::string_view(wanted) == name) return isa;
+        here += (here.empty() ? "" : ", ") + std::string(name);
+    }
+    throw std::invalid_argument("MKF_ISA='" + std::string(wanted) + "': here " + here + " can run");
 }
 
 // Memory that is about to be filled for the first time: asks Linux for large pages, as a fault for every 4 KiB can take

@@ -1,4 +1,4 @@
-// Arranges the plan once and hands the tensors to the kernel of one instruction set.
+// Arranges the plan once and hands the tensors of every call to the kernel of one instruction set.
 #include <algorithm>
 #include <numeric>
 #include <tuple>
@@ -9,34 +9,6 @@
 namespace mkf {
 
 namespace {
-
-struct OwnedKeyTable {
-    std::vector<float> values;
-    KeyTable view;
-
-    explicit OwnedKeyTable(const KeyConv2d& p) {
-        const int factors = p.most_terms * p.k, taps = p.k * p.k;
-        view.padded = (p.keys_count + 15) / 16 * 16;  // the widest vector
-        view.count = p.keys_count;
-        view.rows = factors;
-        view.keys = 2 * factors;
-        view.box = view.keys + taps;
-        view.tap = view.box + 1;
-        values.assign(static_cast<std::size_t>(view.tap + 1) * view.padded, 0.0f);
-        view.values = values.data();
-        place(p.columns, 0, factors);
-        place(p.rows, view.rows, factors);
-        place(p.keys, view.keys, taps);
-        place(p.box, view.box, 1);
-        place(p.tap, view.tap, 1);
-    }
-
-    void place(const float* of_key, int first, int count) {
-        for (int j = 0; j < view.count; ++j)
-            for (int i = 0; i < count; ++i)
-                values[static_cast<std::size_t>(first + i) * view.padded + j] = of_key[j * count + i];
-    }
-};
 
 // Channels-first, any channels can share a vector: those with equal keys do, and so most vectors compute the cheapest form.
 struct SortedChannels {
@@ -96,10 +68,42 @@ void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& t
 
 }  // namespace
 
-void key_conv2d_cpu(const KeyConv2d& p, const KeyConv2dForward& tensors, Isa isa, int threads) {
-    const OwnedKeyTable table(p);
+KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
+    const int factors = problem.most_terms * problem.k, taps = problem.k * problem.k;
+    table.padded = (problem.keys_count + 15) / 16 * 16;  // the widest vector
+    table.count = problem.keys_count;
+    table.rows = factors;
+    table.keys = 2 * factors;
+    table.box = table.keys + taps;
+    table.tap = table.box + 1;
+    values.assign(static_cast<std::size_t>(table.tap + 1) * table.padded, 0.0f);
+    table.values = values.data();
+    place(problem.columns, 0, factors);
+    place(problem.rows, table.rows, factors);
+    place(problem.keys, table.keys, taps);
+    place(problem.box, table.box, 1);
+    place(problem.tap, table.tap, 1);
+}
+
+void KeyConv2dCpu::place(const float* of_key, int first, int count) {
+    for (int j = 0; j < table.count; ++j)
+        for (int i = 0; i < count; ++i)
+            values[static_cast<std::size_t>(first + i) * table.padded + j] = of_key[j * count + i];
+}
+
+KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {
+    KeyConv2d p = problem;
+    p.index = channels.index;
+    p.scale = channels.scale;
+    p.shift = channels.shift;
+    return p;
+}
+
+void KeyConv2dCpu::forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa,
+                           int threads) const {
+    const KeyConv2d p = with(channels);
     expect_to_fill(tensors.out, p.batch * p.channels * p.out_height() * p.out_width() * size_of(p.dtype));
-    if (p.channels_last) return run(p, tensors, table.view, isa, threads);
+    if (p.channels_last) return run(p, tensors, table, isa, threads);
     const SortedChannels sorted(p);
     KeyConv2dForward of_sorted = tensors;
     std::vector<float> bias;
@@ -107,20 +111,21 @@ void key_conv2d_cpu(const KeyConv2d& p, const KeyConv2dForward& tensors, Isa isa
         bias = sorted.sorted(tensors.bias);
         of_sorted.bias = bias.data();
     }
-    run(sorted.in(p), of_sorted, table.view, isa, threads);
+    run(sorted.in(p), of_sorted, table, isa, threads);
 }
 
-void key_conv2d_backward_cpu(const KeyConv2d& p, const KeyConv2dBackward& tensors, Isa isa, int threads) {
-    const OwnedKeyTable table(p);
+void KeyConv2dCpu::backward(const KeyConv2dChannels& channels, const KeyConv2dBackward& tensors, Isa isa,
+                            int threads) const {
+    const KeyConv2d p = with(channels);
     if (tensors.dx) expect_to_fill(tensors.dx, p.batch * p.channels * p.height * p.width * size_of(p.dtype));
-    if (p.channels_last) return run(p, tensors, table.view, isa, threads);
+    if (p.channels_last) return run(p, tensors, table, isa, threads);
     const SortedChannels sorted(p);
     KeyConv2dBackward of_sorted = tensors;
     std::vector<float> d_scale(p.channels), d_shift(p.channels), d_bias(p.channels);
     if (tensors.d_scale) of_sorted.d_scale = d_scale.data();
     if (tensors.d_shift) of_sorted.d_shift = d_shift.data();
     if (tensors.d_bias) of_sorted.d_bias = d_bias.data();
-    run(sorted.in(p), of_sorted, table.view, isa, threads);
+    run(sorted.in(p), of_sorted, table, isa, threads);
     sorted.unsort(d_scale, tensors.d_scale);
     sorted.unsort(d_shift, tensors.d_shift);
     sorted.unsort(d_bias, tensors.d_bias);

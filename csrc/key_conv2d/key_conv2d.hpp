@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../common/cpu.hpp"
 #include "../common/scalar.hpp"
@@ -44,10 +45,6 @@ struct KeyConv2dBackward {
     float *d_scale, *d_shift, *d_bias;
 };
 
-// One processor: `isa` is a level that cpu_runs() accepts.
-void key_conv2d_cpu(const KeyConv2d& problem, const KeyConv2dForward& tensors, Isa isa, int threads);
-void key_conv2d_backward_cpu(const KeyConv2d& problem, const KeyConv2dBackward& tensors, Isa isa, int threads);
-
 // What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all
 // of its channels: (entries, padded) with the entries columns, rows, keys, box, tap.
 struct KeyTable {
@@ -56,6 +53,32 @@ struct KeyTable {
     int rows, keys, box, tap;  // the first entries of each; the columns start at 0
 
     const float* entry(int i) const { return values + static_cast<std::int64_t>(i) * padded; }
+};
+
+// The parameters of one call.
+struct KeyConv2dChannels {
+    const std::int32_t* index;
+    const float *scale, *shift;
+};
+
+// One processor. What only depends on the plan and on sizes is arranged once; `problem` is without its channels, and
+// `isa` a level that cpu_runs() accepts.
+class KeyConv2dCpu {
+public:
+    explicit KeyConv2dCpu(const KeyConv2d& problem);
+    KeyConv2dCpu(const KeyConv2dCpu&) = delete;
+    KeyConv2dCpu& operator=(const KeyConv2dCpu&) = delete;
+
+    void forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa, int threads) const;
+    void backward(const KeyConv2dChannels& channels, const KeyConv2dBackward& tensors, Isa isa, int threads) const;
+
+private:
+    KeyConv2d problem;
+    std::vector<float> values;
+    KeyTable table;
+
+    void place(const float* of_key, int first, int count);
+    KeyConv2d with(const KeyConv2dChannels& channels) const;
 };
 
 #define MKF_KEY_CONV2D_FOR(isa)                                                                        \

@@ -18,10 +18,8 @@ def affine_fit(
     filters: Tensor, keys: FitKeys, positive: bool, index: Tensor, scale: Tensor, shift: Tensor, residual: Tensor
 ) -> None:
     """See `mkf.kernels.affine_fit`. Uses as many threads as torch does."""
-    native = extension.native()
     work = filters.numel() * (len(keys.unit) + 4)
-    native.affine_fit_cpu(
+    extension.native().affine_fit_cpu(
         **problem(filters, keys, positive, index, scale, shift, residual),
-        isa=getattr(native.Isa, extension.isa()),
         threads=max(1, min(torch.get_num_threads(), work // PER_THREAD)),
     )

@@ -35,21 +35,16 @@ def why_not_call(
     return None
 
 
-@lru_cache(64)
-def _addresses(plan: KeyPlan) -> tuple[int, int, list[int]]:
-    """What does not change with a plan, which is known by its tensors and kept with them."""
-    return len(plan.keys), plan.columns.shape[1], [t.data_ptr() for t in plan[:9]]
+@lru_cache(256)
+def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torch.Size, stride: int) -> Any:
+    """The extension's object for one plan, which is known by its tensors and kept with them, and one size of x."""
+    shape = (extension.DTYPES[dtype], channels_last, *size, plan.keys.shape[-1], stride)
+    addresses = [t.data_ptr() for t in plan[:9]]
+    return extension.native().KeyConv2dCpu(shape, (len(plan.keys), plan.columns.shape[1], addresses))
 
 
-def _arguments(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: int) -> dict[str, Any]:
-    native = extension.native()
-    return {
-        "shape": (extension.DTYPES[x.dtype], not x.is_contiguous(), *x.shape, plan.keys.shape[-1], stride),
-        "plan": _addresses(plan),
-        "channels": (index.data_ptr(), scale.data_ptr(), shift.data_ptr()),
-        "isa": getattr(native.Isa, extension.isa()),
-        "threads": max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD)),
-    }
+def _threads(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
 
 
 def key_conv2d(
@@ -65,11 +60,14 @@ def key_conv2d(
     out: Tensor,
 ) -> None:
     """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does."""
-    extension.native().key_conv2d_cpu(
-        **_arguments(x, plan, index, scale, shift, stride[0]),
-        x=x.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        out=out.data_ptr(),
+    _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0]).forward(
+        _threads(x),
+        index.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
     )
 
 
@@ -89,13 +87,14 @@ def key_conv2d_backward(
     d_bias: Tensor | None,
 ) -> None:
     """See `mkf.kernels.key_conv2d`. One pass over dy and x; uses as many threads as torch does."""
-    like = dx if x is None else x
+    like, step = dx if x is None else x, stride[0]
     if like is None:  # then only d_bias is wanted, for which the stride and what x looks like do not matter
-        like, stride = dy, (1, 1)
-    addresses = {
-        name: 0 if tensor is None else tensor.data_ptr()
-        for name, tensor in (("x", x), ("dx", dx), ("d_scale", d_scale), ("d_shift", d_shift), ("d_bias", d_bias))
-    }
-    extension.native().key_conv2d_backward_cpu(
-        **_arguments(like, plan, index, scale, shift, stride[0]), dy=dy.data_ptr(), **addresses
+        like, step = dy, 1
+    _prepared(plan, like.dtype, not like.is_contiguous(), like.shape, step).backward(
+        _threads(like),
+        index.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        dy.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (x, dx, d_scale, d_shift, d_bias)),
     )

@@ -73,13 +73,15 @@ def key_conv2d(
     """
     if torch._C._is_any_autocast_enabled():
         x = _autocast(x)
-    if plain := eager.is_plain(x, keys, index, scale, shift, bias):
-        options = stride, padding, dilation, tolerance, backend
+    options = stride, padding, dilation, tolerance, backend
+    if not eager.is_observed():
         call = eager.find(x, keys, index, scale, shift, bias, options)
         if call is not None:
             return eager.run(call, x, keys, index, scale, shift, bias)
 
     q = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
+    if _is_onnx_export():
+        return compute.written_out(x, q, index, scale, shift, bias, stride, padding, dilation)
     geometry = check_input(x, q, stride, padding, dilation)
     check_parameters(x, index, scale, shift, bias)
     # As the implementations take them; an index out of range stays so.
@@ -88,9 +90,9 @@ def key_conv2d(
     wide = scale.to(dtype), shift.to(dtype), None if bias is None else bias.to(dtype)
     tensors = (x if x.ndim == 4 else x[None], q.to(dtype), index32, *wide)
     planned = None if q.requires_grad else tolerance
-    if plain or eager.is_plain(*tensors):
+    if not eager.is_watched() and eager.are_plain(*(t for t in tensors if t is not None)):
         call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
-        if plain and all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
+        if all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
             eager.keep(call, *tensors, options)
         out = eager.run(call, *tensors)
     elif eager.is_transformed():
@@ -127,6 +129,11 @@ def explain_key_conv2d(
     chosen = choose("key_conv2d", x.device, backend, why_not_call)
     reasons = passed_over("key_conv2d", x.device, chosen, why_not_call)
     return "; ".join([f"{chosen.name}: {chosen.description}", *(f"not {name}: {why}" for name, why in reasons.items())])
+
+
+def _is_onnx_export() -> bool:
+    """Whether a graph of ONNX's operators is being made, which has none for keys."""
+    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def _autocast(x: Any) -> Any:

@@ -39,6 +39,9 @@ class Call(NamedTuple):
     options: tuple[Any, ...]
 
 
+_empty_like = torch.empty_like  # looked up once: after a large layer the way to a name costs as much as the call
+
+
 def layout_of(x: Tensor) -> torch.memory_format:
     """The layout that x has or is nearest to: contiguous or channels-last."""
     if x.is_contiguous():
@@ -93,7 +96,7 @@ def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
     if like.shape == size:
-        return torch.empty_like(like, memory_format=layout)  # twice as fast, and small layers wait for it
+        return _empty_like(like, memory_format=layout)  # twice as fast, and small layers wait for it
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 

@@ -5,53 +5,55 @@ computed; a small layer is computed in 50.
 """
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from mkf.kernels import registry
+from mkf.kernels import extension
 from mkf.kernels.derived import values_of
 from mkf.ops.key_conv2d import compute
-from mkf.ops.key_conv2d.check import are_finite
 
 PLAIN = frozenset((Tensor, Parameter))
+
+# Looked up once: after a large layer has emptied the caches, every step from name to name waits for memory.
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_is_profiled = torch.autograd._profiler_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only torch's own operators support."""
-    return not torch.compiler.is_compiling() and (
-        torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-    )
+    return not _is_compiling() and (forward_ad._current_level >= 0 or maybe_current_level() is not None)
 
 
-def is_watched(*tensors: Any) -> bool:
+def is_observed() -> bool:
+    """Whether torch.compile, export, tracing, forward-mode differentiation or the profiler look at what is called.
+
+    It is part of `is_watched`: the guards of a kept call, which cost nothing more, see the rest of that.
+    """
+    return _is_compiling() or _tracing_state() is not None or forward_ad._current_level >= 0 or _is_profiled()
+
+
+def is_watched() -> bool:
     """Whether something wants to see operators or to change what they do.
 
-    That is torch.compile, export, tracing, the profiler, dispatch modes, torch.func, forward-mode differentiation and
-    subclasses of tensors.
+    That is what `is_observed` looks for, dispatch modes and torch.func.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or not PLAIN.issuperset(map(type, tensors))
-    )
+    return is_observed() or _dispatch_modes() > 0 or maybe_current_level() is not None
 
 
-def is_plain(x: Any, keys: Any, index: Any, scale: Any, shift: Any, bias: Any) -> bool:
-    """Whether these are tensors that hold their values as they are, for which nobody watches."""
-    return (
-        not is_watched(x, keys, index, scale, shift, x if bias is None else bias)
-        and x.layout is torch.strided
-        and not x.is_meta
-        and not x.is_neg()
+def are_plain(*tensors: Any) -> bool:
+    """Whether these are tensors, not of a subclass, that hold their values as they are."""
+    return PLAIN.issuperset(map(type, tensors)) and not any(
+        t.layout is not torch.strided or t.is_meta or t.is_neg() for t in tensors
     )
 
 
@@ -59,7 +61,7 @@ def run(
     call: compute.Call, x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The output of a prepared call, with derivatives."""
-    if torch.is_grad_enabled() and (
+    if _is_grad_enabled() and (
         x.requires_grad
         or shift.requires_grad
         or scale.requires_grad
@@ -72,12 +74,21 @@ def run(
 
 
 class _Kept(NamedTuple):
-    """A call and what it depends on: while that is the same, it need not be checked and prepared again."""
+    """A call and what it depends on: while that is the same, it need not be checked and prepared again.
+
+    Attributes:
+        call: What was prepared.
+        guards: Of `_guards`, for x and the tensors.
+        tensors: Keys, index, scale, shift and bias.
+        options: Of the call.
+        snapshot: Of `_snapshot`.
+    """
 
     call: compute.Call
+    guards: Any
     tensors: tuple[Tensor | None, ...]
-    described: tuple[Any, ...]
-    values: tuple[Hashable, Hashable]
+    options: tuple[Any, ...]
+    snapshot: Any
 
 
 KEPT = 256  # calls; the oldest go first
@@ -99,19 +110,19 @@ def find(
 
     Keys and index must hold the values they had; scale and shift, which change as they train, must be finite.
     """
-    kept = _kept.get((id(scale), x.shape))
+    kept = _kept.get((id(scale), x.shape)) if type(x) in PLAIN else None
     if kept is None:
         return None
-    call, tensors, described, values = kept
+    call, guards, tensors, kept_options, snapshot = kept
     if not (
         tensors[0] is keys
         and tensors[1] is index
         and tensors[2] is scale
         and tensors[3] is shift
         and tensors[4] is bias
-        and described == _describe(x, keys, index, scale, shift, bias, options)
-        and values == (values_of(keys), values_of(index))
-        and are_finite(scale, shift)
+        and options == kept_options
+        and (guards.check(x, *tensors[:4]) if bias is None else guards.check(x, *tensors))
+        and _holds(snapshot, keys, index, scale, shift)
     ):
         return None
     return call
@@ -129,53 +140,50 @@ def keep(
 ) -> None:
     """Let `find` find it, if its parameters are there to stay: no results of a computation, no copies."""
     tensors = keys, index, scale, shift, bias
+    there = [t for t in tensors if t is not None]
     if (
-        all(t is None or (t.is_leaf and t.is_contiguous()) for t in tensors)
-        and x.is_contiguous(memory_format=call.layout)
-        and not keys.requires_grad
+        keys.requires_grad
+        or not all(t.is_leaf and t.is_contiguous() for t in there)
+        or not x.is_contiguous(memory_format=call.layout)
+        or x.dtype == torch.float64
     ):
-        described = _describe(x, keys, index, scale, shift, bias, options)
-        with _lock:
-            while len(_kept) >= KEPT:
-                del _kept[next(iter(_kept))]
-            _kept[id(scale), x.shape] = _Kept(call, tensors, described, (values_of(keys), values_of(index)))
+        return
+    guards, snapshot = _guards(x, *there), _snapshot(keys, index)
+    if guards is None or snapshot is None:
+        return
+    with _lock:
+        while len(_kept) >= KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[id(scale), x.shape] = _Kept(call, guards, tensors, options, snapshot)
 
 
-def _describe(
-    x: Tensor,
-    keys: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    options: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    """All that a call depends on but the values and the size of x: `.data` can make another tensor of a parameter."""
-    return (
-        options,
-        os.environ.get("MKF_BACKEND"),
-        id(registry.IMPLEMENTATIONS),
-        x.stride(),
-        x.dtype,
-        x.device,
-        keys.shape,
-        keys.stride(),
-        keys.dtype,
-        keys.device,
-        keys.requires_grad,
-        index.stride(),
-        index.dtype,
-        index.device,
-        scale.shape,
-        scale.stride(),
-        scale.dtype,
-        scale.device,
-        shift.shape,
-        shift.stride(),
-        shift.dtype,
-        shift.device,
-        bias is None or (bias.shape, bias.stride(), bias.dtype, bias.device),
-    )
+def _guards(*tensors: Tensor) -> Any:
+    """Tells whether tensors have the types, sizes, strides, dtypes and devices that these have, in one microsecond.
+
+    It is how torch.compile knows whether what it compiled is still right, and says no inside of torch.func, dispatch
+    modes and inference mode too, if it was not made there. It is private to torch: None where there is none.
+    """
+    try:
+        return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (AttributeError, TypeError):
+        return None
+
+
+def _snapshot(keys: Tensor, index: Tensor) -> Any:
+    """Their values and `MKF_BACKEND` as they are, for `_holds`; None on a CPU without the extension."""
+    if not keys.is_cpu:
+        return values_of(keys), values_of(index), os.environ.get("MKF_BACKEND")
+    if extension.missing():
+        return None
+    return extension.native().Snapshot(keys.data_ptr(), keys.nbytes, index.data_ptr(), len(index))
+
+
+def _holds(snapshot: Any, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Whether all is as it was, and on the CPU also whether scale and shift are finite."""
+    if not keys.is_cpu:
+        return bool(snapshot == _snapshot(keys, index))
+    holds: bool = snapshot.holds(keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+    return holds
 
 
 class _KeyConv2d(torch.autograd.Function):
@@ -200,10 +208,10 @@ class _KeyConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call, wanted, size, saved = ctx.call, ctx.wanted, ctx.size, ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if _is_grad_enabled() or is_legacy_batchedtensor(dy):
             # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
             gradients = _differentiable_gradients(dy, *saved, wanted, size, *call.options)
-        elif is_watched(dy):
+        elif is_watched() or type(dy) is not Tensor:
             gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, size, *call.options)
             gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
         else:
