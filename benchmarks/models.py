@@ -141,7 +141,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, mode: Mode) -> Cal
 
         return infer
     network.train()
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> object:
         optimizer.zero_grad()

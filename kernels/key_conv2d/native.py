@@ -9,6 +9,8 @@ from torch import Tensor
 from mkf.kernels import extension
 from mkf.kernels.key_conv2d import KeyPlan
 
+_num_threads = torch.get_num_threads  # looked up once, as this is called for every layer
+
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
 
 
@@ -44,7 +46,7 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
 
 
 def _threads(x: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
+    return max(1, min(_num_threads(), x.numel() // PER_THREAD))
 
 
 def key_conv2d(

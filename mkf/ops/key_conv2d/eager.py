@@ -23,7 +23,6 @@ PLAIN = frozenset((Tensor, Parameter))
 
 # Looked up once: after a large layer has emptied the caches, every step from name to name waits for memory.
 _is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
 _is_profiled = torch.autograd._profiler_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
@@ -35,19 +34,16 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether torch.compile, export, tracing, forward-mode differentiation or the profiler look at what is called.
+    """Whether torch.compile, export, a dispatch mode, forward-mode differentiation or the profiler look at calls.
 
-    It is part of `is_watched`: the guards of a kept call, which cost nothing more, see the rest of that.
+    It is the part of `is_watched` that the guards of a kept call do not see.
     """
-    return _is_compiling() or _tracing_state() is not None or forward_ad._current_level >= 0 or _is_profiled()
+    return _is_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0 or _is_profiled()
 
 
 def is_watched() -> bool:
-    """Whether something wants to see operators or to change what they do.
-
-    That is what `is_observed` looks for, dispatch modes and torch.func.
-    """
-    return is_observed() or _dispatch_modes() > 0 or maybe_current_level() is not None
+    """Whether something wants to see operators or to change what they do: also torch.jit's tracing or torch.func."""
+    return is_observed() or torch._C._get_tracing_state() is not None or maybe_current_level() is not None
 
 
 def are_plain(*tensors: Any) -> bool:
@@ -160,8 +156,8 @@ def keep(
 def _guards(*tensors: Tensor) -> Any:
     """Tells whether tensors have the types, sizes, strides, dtypes and devices that these have, in one microsecond.
 
-    It is how torch.compile knows whether what it compiled is still right, and says no inside of torch.func, dispatch
-    modes and inference mode too, if it was not made there. It is private to torch: None where there is none.
+    It is how torch.compile knows whether what it compiled is still right. It says no also under torch.func, tracing,
+    autocast and inference mode, if it was not made there. It is private to torch: None where there is none.
     """
     try:
         return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
