@@ -3,27 +3,21 @@
 The implementations, by instruction set, are tested in tests/kernels.
 """
 
-import copy
 import io
-import math
 import sys
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn import functional as F
 
 import mkf
 from mkf.kernels import registry
 from mkf.kernels.registry import BackendError
 from mkf.ops import explain_key_conv2d, key_conv2d
+from tests.ops.key_conv2d_problems import KEYS, LAYOUTS, Problem, noise
 
 CPU = torch.device("cpu")
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
-
 RUNNABLE = [i.name for i in registry.implementations("key_conv2d") if i.why_not(CPU) is None]
 
 
@@ -41,78 +35,6 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Problem:
-    """Tensors of one call, and what torch makes of them with the filters written out."""
-
-    def __init__(self, shape, keys, *, dtype=torch.float32, layout="nchw", shift=True, bias=True, blocks=0, seed=0):
-        n, c, h, w = shape
-        generator = torch.Generator().manual_seed(seed)
-        self.keys = keys if isinstance(keys, torch.Tensor) else keys.filters
-        if blocks:
-            self.index = (torch.arange(c) // blocks % len(self.keys)).int()
-        else:
-            self.index = torch.randint(len(self.keys), (c,), generator=generator, dtype=torch.int32)
-        self.x = torch.randn(n, c, h, w, generator=generator).to(dtype).to(memory_format=LAYOUTS[layout])
-        self.scale = torch.randn(c, generator=generator)
-        self.shift = 0.3 * torch.randn(c, generator=generator) if shift else torch.zeros(c)
-        self.bias = torch.randn(c, generator=generator) if bias else None
-        self.options = {"padding": self.keys.shape[-1] // 2}
-
-    def tensors(self):
-        return self.x, self.keys, self.index, self.scale, self.shift, self.bias
-
-    def torch(self, dtype, x, keys, index, scale, shift, bias):
-        """The same with an ordinary convolution in that dtype."""
-        weight = (scale[:, None, None].to(dtype) * keys.to(dtype)[index] + shift[:, None, None].to(dtype))[:, None]
-        bias = None if bias is None else bias.to(dtype)
-        return F.conv2d(x.to(dtype), weight, bias, **self.options, groups=len(index))
-
-    def check(self, run, wanted=("x", "scale", "shift", "bias")):
-        """The output and the gradients are not much further from float64 than torch's in the same dtype."""
-        tensors = dict(zip(("x", "keys", "index", "scale", "shift", "bias"), self.tensors(), strict=True))
-        wanted = [name for name in wanted if tensors[name] is not None]
-        ours = derive(lambda *t: run(*t, **self.options), tensors, wanted)
-        assert ours[0].dtype == self.x.dtype
-        theirs = derive(lambda *t: self.torch(self.x.dtype, *t), tensors, wanted)
-        exact = derive(lambda *t: self.torch(torch.float64, *t), tensors, wanted)
-        # The root of the sum of the squares of what is added up: how much a rounding error of eps in each term makes.
-        squares = {name: t if name == "index" or t is None else t.double().square() for name, t in tensors.items()}
-        size = derive(lambda *t: self.torch(torch.float64, *t), squares, wanted, power=2)
-        for name, *results, square in zip(["output", *wanted], ours, theirs, exact, size, strict=True):
-            assert_as_good(name, *results, torch.finfo(self.x.dtype).eps * square.sqrt())
-        return ours
-
-
-def derive(function, tensors, wanted, power=1):
-    """The output and the gradients of a function for an arbitrary gradient of the output."""
-    leaves = {name: t.detach().clone().requires_grad_() if name in wanted else t for name, t in tensors.items()}
-    out = function(*leaves.values())
-    dy = noise(*out.shape, seed=9).bfloat16().to(out.dtype) ** power
-    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], dy) if wanted else ()
-    return out.detach(), *gradients
-
-
-def assert_as_good(name, ours, theirs, exact, rounding):
-    assert ours.shape == exact.shape, name
-    if exact.numel() == 0:
-        return
-    for how, measure in (("in norm", torch.Tensor.norm), ("in the worst element", lambda t: t.abs().max())):
-        error, reference, unavoidable = (measure(t).item() for t in (ours - exact, theirs - exact, rounding))
-        if math.isnan(reference):  # torch's bfloat16 gradient of small filters reads memory that nobody has written
-            reference = 0.0
-        assert error <= 3 * reference + 8 * unavoidable, f"{name} {how}: error {error}, torch's {reference}"
-
-
-KEYS = {
-    "published": mkf.keys.paper8(),
-    "analytic": mkf.keys.analytic("B"),
-    "centred": mkf.KeySet(mkf.keys.analytic("A").centred()),
-    "mixed": mkf.KeySet(torch.cat([mkf.keys.analytic("C1").filters, mkf.keys.random(7, 3, 0).filters])),
-}
 SHAPES = [(2, 40, 14, 14), (1, 16, 7, 7), (3, 17, 9, 20), (1, 33, 1, 1), (1, 66, 2, 33), (2, 1, 8, 8)]
 
 
@@ -482,204 +404,3 @@ class TestKeysInUse:
         problem.scale.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
-
-
-class TestAutograd:
-    @pytest.mark.parametrize("stride", [1, 2])
-    @pytest.mark.parametrize("route", [key_conv2d, "op"])
-    def test_gradcheck(self, stride, route):
-        problem = Problem((2, 3, 5, 4), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
-        x, keys, index, *parameters = problem.tensors()
-        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
-
-        def function(x, keys, scale, shift, bias):
-            if route == "op":
-                arguments = (stride, stride), (1, 2), (1, 1), None, ""
-                return torch.ops.mkf.key_conv2d(x, keys, index, scale, shift, bias, *arguments)
-            return key_conv2d(x, keys, index, scale, shift, bias, stride=stride, padding=(1, 2))
-
-        assert torch.autograd.gradcheck(function, leaves)
-
-    @pytest.mark.parametrize("keys_train", [False, True])
-    def test_gradients_of_many_at_once(self, keys_train):
-        problem = Problem((2, 4, 5, 6), mkf.keys.random(3, 3, 0).filters)
-        x, keys, index, *parameters = problem.tensors()
-        leaves = [t.requires_grad_() for t in (x, *parameters, *([keys] if keys_train else []))]
-        y = key_conv2d(x, keys, index, *parameters, padding=1)
-        dy = noise(3, *y.shape)
-        many = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
-        one_by_one = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in dy]
-        for together, alone in zip(many, zip(*one_by_one, strict=True), strict=True):
-            torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
-
-    def test_second_derivatives(self):
-        problem = Problem((1, 3, 4, 5), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
-        x, keys, index, *parameters = problem.tensors()
-        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
-
-        def function(x, keys, scale, shift, bias):
-            return key_conv2d(x, keys, index, scale, shift, bias, padding=1)
-
-        assert torch.autograd.gradgradcheck(function, leaves)
-        frozen = [t.detach() for t in (keys, *leaves[2:])]
-        assert torch.autograd.gradgradcheck(lambda x: key_conv2d(x, frozen[0], index, *frozen[1:]).tanh(), leaves[0])
-
-    def test_second_derivatives_of_the_operator_are_refused(self):
-        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0))
-        x = problem.x.requires_grad_()
-        out = torch.ops.mkf.key_conv2d(*problem.tensors(), (1, 1), (1, 1), (1, 1), 0.0, "")
-        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="first derivatives only"):
-            dx.sum().backward()
-
-    def test_forward_mode(self):
-        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0), bias=False)
-        _, *rest = problem.tensors()
-        tangent = noise(1, 3, 6, 5, seed=1)
-        with torch.autograd.forward_ad.dual_level():
-            x = torch.autograd.forward_ad.make_dual(problem.x, tangent)
-            out = torch.autograd.forward_ad.unpack_dual(key_conv2d(x, *rest, padding=1))
-        torch.testing.assert_close(out.tangent, key_conv2d(tangent, *rest, padding=1))
-
-    def test_functional_transforms(self):
-        problem = Problem((4, 3, 6, 5), mkf.keys.random(3, 2, 0))
-        x, keys, index, scale, shift, bias = problem.tensors()
-
-        def loss(s, x):
-            return key_conv2d(x, keys, index, s, shift, bias, padding=1).square().sum()
-
-        per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(scale, x)
-        for image, gradient in zip(x, per_image, strict=True):
-            s = scale.clone().requires_grad_()
-            loss(s, image).backward()
-            torch.testing.assert_close(gradient, s.grad)
-
-    def test_inference_mode(self, backend):
-        problem = Problem((1, 12, 6, 5), KEYS["analytic"])
-        out = key_conv2d(*problem.tensors(), padding=3, backend=backend)
-        with torch.inference_mode():
-            tensors = copy.deepcopy(problem).tensors()
-            assert torch.equal(key_conv2d(*tensors, padding=3, backend=backend), out)
-
-
-class TestAutocast:
-    def test_the_input_is_cast_and_the_parameters_are_not(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
-        with torch.autocast("cpu", torch.bfloat16):
-            out = key_conv2d(*problem.tensors(), padding=3)
-            wide = key_conv2d(problem.x.double(), *problem.tensors()[1:], padding=3)
-        assert (out.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
-        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
-        half = key_conv2d(problem.x.bfloat16(), *problem.tensors()[1:], padding=3)
-        assert torch.equal(out, half)
-
-    def test_integers_are_still_refused(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="int64"):
-            key_conv2d(problem.x.long(), *problem.tensors()[1:], padding=3)
-
-
-def operator_samples():
-    for view in (
-        lambda x: x,
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:, :, ::2, 1:],
-        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:],
-        lambda x: x.bfloat16(),
-    ):
-        for stride, bias in (((1, 1), True), ((2, 2), False)):
-            problem = Problem((2, 10, 9, 8), KEYS["centred"], bias=bias)
-            x, keys, *rest = problem.tensors()
-            x = view(x)
-            yield x, keys, *rest, stride, (3, 3), (1, 1), 0.0, ""
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_opcheck(number, monkeypatch):
-    torch.use_deterministic_algorithms(False)
-    sample = list(operator_samples())[number]
-    torch.library.opcheck(torch.ops.mkf.key_conv2d, sample)
-    x, keys, index, scale, shift, bias, *options = sample
-    trained = (x, keys, index, *(None if t is None else t.clone().requires_grad_() for t in (scale, shift, bias)))
-    torch.library.opcheck(torch.ops.mkf.key_conv2d, (*trained, *options))
-    dy = torch.randn_like(torch.ops.mkf.key_conv2d(*sample))
-    for wanted in ((True,) * 5, (True, False, False, True, True)):
-        saved = x if wanted[2] or wanted[3] else None
-        arguments = (dy, saved, keys, index, scale, shift, wanted, x.shape, *options)
-        torch.library.opcheck(torch.ops.mkf.key_conv2d_backward, arguments)
-
-
-class TestCompile:
-    def test_one_graph_for_every_size(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc")
-        keys, index, *parameters = problem.tensors()[1:]
-
-        def function(x, scale, shift, bias):
-            return key_conv2d(x * 2, keys, index, scale, shift, bias, padding="same").relu()
-
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-        graphs = []
-        for size in ((2, 12, 9, 11), (3, 12, 14, 20), (4, 12, 5, 6)):  # no two numbers alike by chance
-            results = []
-            for run in (function, compiled):
-                x = noise(*size).to(memory_format=torch.channels_last)
-                leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
-                out = run(*leaves)
-                results.append((out, *torch.autograd.grad(out.sum(), leaves)))
-            for eager, other in zip(*results, strict=True):
-                torch.testing.assert_close(other, eager)
-                assert other.stride() == eager.stride()
-            graphs.append(counter.frame_count)
-        assert graphs[0] == graphs[-1]
-
-    def test_values_are_refused_at_run_time(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        compiled = torch.compile(key_conv2d, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*problem.tensors(), padding=3), key_conv2d(*problem.tensors(), padding=3))
-        problem.index[3] = 8
-        with pytest.raises(ValueError, match="channel 3"):
-            compiled(*problem.tensors(), padding=3)
-
-    def test_meta_tensors(self):
-        tensors = [t.to("meta") for t in Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc").tensors()]
-        out = torch.ops.mkf.key_conv2d(*tensors, (2, 2), (3, 3), (1, 1), 0.0, "")
-        assert out.shape == (2, 12, 5, 4)
-        assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-class TestWatchers:
-    """Whatever looks at torch's operators sees this one."""
-
-    def test_dispatch_modes_and_the_profiler(self):
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.append(str(function))
-                return function(*args, **(kwargs or {}))
-
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        seen = []
-        with Watch():
-            key_conv2d(*problem.tensors(), padding=3)
-        assert "mkf.key_conv2d.default" in seen
-        with torch.profiler.profile() as profile:
-            key_conv2d(*problem.tensors(), padding=3)
-        assert "mkf::key_conv2d" in {event.key for event in profile.key_averages()}
-
-    def test_tracing_records_the_operator(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        rest = problem.tensors()[1:]
-        traced = torch.jit.trace(lambda x: key_conv2d(x, *rest, padding=3), problem.x)
-        assert "mkf::key_conv2d" in str(traced.graph)
-        torch.testing.assert_close(traced(problem.x + 1), key_conv2d(problem.x + 1, *rest, padding=3))
-
-    def test_negated_views(self):
-        problem = Problem((2, 12, 9, 8), KEYS["centred"])
-        rest = problem.tensors()[1:]
-        x = torch._neg_view(noise(2, 12, 9, 8))  # as the imaginary part of a conjugate is, but contiguous
-        assert x.is_neg()
-        torch.testing.assert_close(key_conv2d(x, *rest, padding=3), key_conv2d(x.resolve_neg(), *rest, padding=3))

@@ -86,7 +86,7 @@ def key_conv2d(
     check_parameters(x, index, scale, shift, bias)
     # As the implementations take them; an index out of range stays so.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    index32 = index if index.dtype == torch.int32 else index.clamp(-1, q.shape[0]).to(torch.int32)
+    index32 = index if index.dtype == torch.int32 else index.long().clamp(-1, q.shape[0]).int()
     wide = scale.to(dtype), shift.to(dtype), None if bias is None else bias.to(dtype)
     tensors = (x if x.ndim == 4 else x[None], q.to(dtype), index32, *wide)
     planned = None if q.requires_grad else tolerance

@@ -1,0 +1,283 @@
+"""The key convolution among torch's machinery: derivatives, autocast, torch.compile, tracing, dispatch modes.
+
+What it computes is tested in test_key_conv2d.py.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mkf
+from mkf.kernels import extension
+from mkf.ops import key_conv2d
+from mkf.ops.key_conv2d import eager
+from tests.ops.key_conv2d_problems import KEYS, Problem, noise
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that is not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class TestAutograd:
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("route", [key_conv2d, "op"])
+    def test_gradcheck(self, stride, route):
+        problem = Problem((2, 3, 5, 4), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
+
+        def function(x, keys, scale, shift, bias):
+            if route == "op":
+                arguments = (stride, stride), (1, 2), (1, 1), None, ""
+                return torch.ops.mkf.key_conv2d(x, keys, index, scale, shift, bias, *arguments)
+            return key_conv2d(x, keys, index, scale, shift, bias, stride=stride, padding=(1, 2))
+
+        assert torch.autograd.gradcheck(function, leaves)
+
+    @pytest.mark.parametrize("keys_train", [False, True])
+    def test_gradients_of_many_at_once(self, keys_train):
+        problem = Problem((2, 4, 5, 6), mkf.keys.random(3, 3, 0).filters)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.requires_grad_() for t in (x, *parameters, *([keys] if keys_train else []))]
+        y = key_conv2d(x, keys, index, *parameters, padding=1)
+        dy = noise(3, *y.shape)
+        many = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in dy]
+        for together, alone in zip(many, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+    def test_second_derivatives(self):
+        problem = Problem((1, 3, 4, 5), mkf.keys.random(3, 2, 0).filters.double(), dtype=torch.float64)
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.double().requires_grad_() for t in (x, keys, *parameters)]
+
+        def function(x, keys, scale, shift, bias):
+            return key_conv2d(x, keys, index, scale, shift, bias, padding=1)
+
+        assert torch.autograd.gradgradcheck(function, leaves)
+        frozen = [t.detach() for t in (keys, *leaves[2:])]
+        assert torch.autograd.gradgradcheck(lambda x: key_conv2d(x, frozen[0], index, *frozen[1:]).tanh(), leaves[0])
+
+    def test_second_derivatives_of_the_operator_are_refused(self):
+        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0))
+        x = problem.x.requires_grad_()
+        out = torch.ops.mkf.key_conv2d(*problem.tensors(), (1, 1), (1, 1), (1, 1), 0.0, "")
+        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            dx.sum().backward()
+
+    def test_forward_mode(self):
+        problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0), bias=False)
+        _, *rest = problem.tensors()
+        tangent = noise(1, 3, 6, 5, seed=1)
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(problem.x, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(key_conv2d(x, *rest, padding=1))
+        torch.testing.assert_close(out.tangent, key_conv2d(tangent, *rest, padding=1))
+
+    def test_functional_transforms(self):
+        problem = Problem((4, 3, 6, 5), mkf.keys.random(3, 2, 0))
+        x, keys, index, scale, shift, bias = problem.tensors()
+
+        def loss(s, x):
+            return key_conv2d(x, keys, index, s, shift, bias, padding=1).square().sum()
+
+        per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(scale, x)
+        for image, gradient in zip(x, per_image, strict=True):
+            s = scale.clone().requires_grad_()
+            loss(s, image).backward()
+            torch.testing.assert_close(gradient, s.grad)
+
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_inference_mode(self, backend):
+        problem = Problem((1, 12, 6, 5), KEYS["analytic"])
+        out = key_conv2d(*problem.tensors(), padding=3, backend=backend)
+        with torch.inference_mode():
+            tensors = copy.deepcopy(problem).tensors()
+            assert torch.equal(key_conv2d(*tensors, padding=3, backend=backend), out)
+
+
+class TestAutocast:
+    def test_the_input_is_cast_and_the_parameters_are_not(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = key_conv2d(*problem.tensors(), padding=3)
+            wide = key_conv2d(problem.x.double(), *problem.tensors()[1:], padding=3)
+        assert (out.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+        half = key_conv2d(problem.x.bfloat16(), *problem.tensors()[1:], padding=3)
+        assert torch.equal(out, half)
+
+    def test_integers_are_still_refused(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="int64"):
+            key_conv2d(problem.x.long(), *problem.tensors()[1:], padding=3)
+
+
+def operator_samples():
+    for view in (
+        lambda x: x,
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:, :, ::2, 1:],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:],
+        lambda x: x.bfloat16(),
+    ):
+        for stride, bias in (((1, 1), True), ((2, 2), False)):
+            problem = Problem((2, 10, 9, 8), KEYS["centred"], bias=bias)
+            x, keys, *rest = problem.tensors()
+            x = view(x)
+            yield x, keys, *rest, stride, (3, 3), (1, 1), 0.0, ""
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_opcheck(number, monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    sample = list(operator_samples())[number]
+    torch.library.opcheck(torch.ops.mkf.key_conv2d, sample)
+    x, keys, index, scale, shift, bias, *options = sample
+    trained = (x, keys, index, *(None if t is None else t.clone().requires_grad_() for t in (scale, shift, bias)))
+    torch.library.opcheck(torch.ops.mkf.key_conv2d, (*trained, *options))
+    dy = torch.randn_like(torch.ops.mkf.key_conv2d(*sample))
+    for wanted in ((True,) * 5, (True, False, False, True, True)):
+        saved = x if wanted[2] or wanted[3] else None
+        arguments = (dy, saved, keys, index, scale, shift, wanted, x.shape, *options)
+        torch.library.opcheck(torch.ops.mkf.key_conv2d_backward, arguments)
+
+
+class TestCompile:
+    def test_one_graph_for_every_size(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc")
+        keys, index, *parameters = problem.tensors()[1:]
+
+        def function(x, scale, shift, bias):
+            return key_conv2d(x * 2, keys, index, scale, shift, bias, padding="same").relu()
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+        graphs = []
+        for size in ((2, 12, 9, 11), (3, 12, 14, 20), (4, 12, 5, 6)):  # no two numbers alike by chance
+            results = []
+            for run in (function, compiled):
+                x = noise(*size).to(memory_format=torch.channels_last)
+                leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+                out = run(*leaves)
+                results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+            for uncompiled, other in zip(*results, strict=True):
+                torch.testing.assert_close(other, uncompiled)
+                assert other.stride() == uncompiled.stride()
+            graphs.append(counter.frame_count)
+        assert graphs[0] == graphs[-1]
+
+    def test_values_are_refused_at_run_time(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        compiled = torch.compile(key_conv2d, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*problem.tensors(), padding=3), key_conv2d(*problem.tensors(), padding=3))
+        problem.index[3] = 8
+        with pytest.raises(ValueError, match="channel 3"):
+            compiled(*problem.tensors(), padding=3)
+
+    def test_meta_tensors(self):
+        tensors = [t.to("meta") for t in Problem((2, 12, 9, 8), KEYS["centred"], layout="nhwc").tensors()]
+        out = torch.ops.mkf.key_conv2d(*tensors, (2, 2), (3, 3), (1, 1), 0.0, "")
+        assert out.shape == (2, 12, 5, 4)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def call_and_keep(problem):
+    for _ in range(2):
+        key_conv2d(*problem.tensors(), padding=3)
+    options = 1, 3, 1, 0.0, None
+    found = eager.find(*problem.tensors(), options)
+    assert (found is None) == bool(extension.missing())  # None elsewhere: this torch has other guards
+
+
+@pytest.mark.parametrize("kept", [False, True])
+class TestWatchers:
+    """Whatever looks at torch's operators sees this one, also where the same call was made and kept before."""
+
+    @pytest.fixture
+    def problem(self, kept):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        if kept:
+            call_and_keep(problem)
+        return problem
+
+    def test_dispatch_modes(self, problem):
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        seen = []
+        with Watch():
+            key_conv2d(*problem.tensors(), padding=3)
+        assert "mkf.key_conv2d.default" in seen
+
+    def test_the_profiler(self, problem):
+        with torch.profiler.profile() as profile:
+            key_conv2d(*problem.tensors(), padding=3)
+        assert "mkf::key_conv2d" in {event.key for event in profile.key_averages()}
+
+    def test_tracing_records_the_operator(self, problem):
+        rest = problem.tensors()[1:]
+        traced = torch.jit.trace(lambda x: key_conv2d(x, *rest, padding=3), problem.x)
+        assert "mkf::key_conv2d" in str(traced.graph)
+        torch.testing.assert_close(traced(problem.x + 1), key_conv2d(problem.x + 1, *rest, padding=3))
+        graph = make_fx(lambda x: key_conv2d(x, *rest, padding=3))(problem.x)
+        assert "mkf.key_conv2d.default" in graph.code
+
+    def test_compiling(self, problem):
+        compiled = torch.compile(key_conv2d, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*problem.tensors(), padding=3), key_conv2d(*problem.tensors(), padding=3))
+
+    def test_forward_mode_and_transforms(self, problem):
+        x, *rest = problem.tensors()
+        tangent = noise(*x.shape, seed=1)
+        expected = key_conv2d(tangent, *rest[:4], None, padding=3)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(key_conv2d(dual, *rest, padding=3))
+        torch.testing.assert_close(out.tangent, expected)
+        _, tangent_out = torch.func.jvp(lambda x: key_conv2d(x, *rest, padding=3), (x,), (tangent,))
+        torch.testing.assert_close(tangent_out, expected)
+        together = torch.func.vmap(lambda x: key_conv2d(x, *rest, padding=3))(torch.stack([x, tangent]))
+        torch.testing.assert_close(together[0], key_conv2d(x, *rest, padding=3))
+
+    def test_autocast_and_inference_mode_come_and_go(self, problem):
+        ordinary = key_conv2d(*problem.tensors(), padding=3)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                for _ in range(2):
+                    assert key_conv2d(*problem.tensors(), padding=3).dtype == torch.bfloat16
+            with torch.inference_mode():
+                for _ in range(2):
+                    out = key_conv2d(*problem.tensors(), padding=3)
+                    assert out.is_inference()
+                    assert torch.equal(out, ordinary)
+            out = key_conv2d(*problem.tensors(), padding=3)
+            assert not out.is_inference()
+            assert torch.equal(out, ordinary)
+
+    @pytest.mark.parametrize("x", [None, [1.0], np.zeros((2, 12, 9, 8), np.float32)])
+    def test_what_is_no_tensor_is_refused(self, problem, x):
+        with pytest.raises(TypeError, match="x: expected a tensor"):
+            key_conv2d(x, *problem.tensors()[1:], padding=3)
+
+
+def test_negated_views():
+    problem = Problem((2, 12, 9, 8), KEYS["centred"])
+    rest = problem.tensors()[1:]
+    x = torch._neg_view(noise(2, 12, 9, 8))  # as the imaginary part of a conjugate is, but contiguous
+    assert x.is_neg()
+    torch.testing.assert_close(key_conv2d(x, *rest, padding=3), key_conv2d(x.resolve_neg(), *rest, padding=3))
