@@ -62,9 +62,11 @@ class Subsample(nn.Module):
         return x if self.stride == (1, 1) else x[..., :: self.stride[0], :: self.stride[1]]
 
 
-def variants(model: nn.Module, keys: KeySet, order: str = "blocks") -> dict[str, nn.Module]:
-    """A network with keys and beside it the same with its peers, all with keys' filters, by name."""
-    with_keys = convert(deepcopy(model), keys, assign="uniform", order=order)  # type: ignore[arg-type]
+def variants(
+    model: nn.Module, keys: KeySet, order: str = "blocks", train: Iterable[str] = ("shift", "bias")
+) -> dict[str, nn.Module]:
+    """A network with keys, of which `train` trains, and beside it the same with its peers, all with keys' filters."""
+    with_keys = convert(deepcopy(model), keys, assign="uniform", order=order, train=train)  # type: ignore[arg-type]
     frozen, added, none = (deepcopy(model) for _ in range(3))
     for name, layer in list(with_keys.named_modules()):
         if hasattr(layer, "to_conv2d"):
@@ -85,11 +87,14 @@ def run(
     rounds: int = 5,
     names: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    train: Iterable[str] = ("shift", "bias"),
 ) -> Result:
     """Time a step of a timm model in all its variants and both layouts, in turns, relative to `NONE`.
 
-    A step is one pass without gradients, or forward, cross-entropy, backward and AdamW. `names` keeps those whose name
-    starts with one of them, such as "mkf" or "nn.Conv2d, weights frozen, channels-last", and the baseline.
+    A step is one pass without gradients, or forward, cross-entropy, backward and AdamW, fused, so that what is not of
+    interest takes the least. `names` keeps those whose name starts with one of them, such as "mkf" or "nn.Conv2d,
+    weights frozen, channels-last", and the baseline. `train` is of the layers with keys: shift and bias as in the
+    paper's text, or the bias alone as in its answers to reviewers, which is what the frozen peers train.
 
     Raises:
         ValueError: No name starts so.
@@ -100,7 +105,8 @@ def run(
     baseline = f"{NONE}, channels-last"
     wanted = None if names is None else (baseline, *names)
     found: dict[str, Callable[[], object]] = {}
-    for variant, made in variants(model, keys, order).items():
+    train = tuple(train)
+    for variant, made in variants(model, keys, order, train).items():
         for layout, memory_format in LAYOUTS.items():
             if wanted is None or f"{variant}, {layout}".startswith(wanted):
                 network = deepcopy(made).to(memory_format=memory_format)
@@ -113,6 +119,7 @@ def run(
         for step in found.values():
             step()
     what: dict[str, Any] = {"model": name, "mode": mode, "batch": batch, "size": size, "order": order}
+    what |= {"train": list(train)} if mode == "training" else {}
     what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
     return take_turns(found, baseline, what, rounds)
 

@@ -136,6 +136,12 @@ def model(
     keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "analytic:B",
     order: Annotated[str, typer.Option(help="Equal keys in blocks of channels, or random.")] = "blocks",
     inference: Annotated[bool, typer.Option(help="Inference in place of a training step.")] = False,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What trains in the layers with keys: scale, shift, bias; repeatable. Shift and bias if not given."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 8,
     size: Annotated[int, typer.Option(min=1, help="Height and width of an image.")] = 224,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 5,
@@ -160,8 +166,12 @@ def model(
         if threads:
             torch.set_num_threads(threads)
         mode = "inference" if inference else "training"
-        result = suite.run(name, parse(keys), mode, batch, size, order, rounds, only)  # type: ignore[arg-type]
-        title = f"{name}, {mode}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
+        trained = train or ["shift", "bias"]
+        result = suite.run(
+            name, parse(keys), mode, batch, size, order, rounds, only, train=trained  # type: ignore[arg-type]
+        )  # fmt: skip
+        what = mode if inference else f"{mode} ({' and '.join(trained)})"
+        title = f"{name}, {what}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
         table = Table(title=title, title_justify="left")
         table.add_column("network")
         for word in ("ms", "images/s", "times as long as without", "of its depthwise time, mkf removes"):

@@ -69,12 +69,13 @@ def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(models, "keep_memory", lambda: True)  # the other tests want theirs back
     out, figure = tmp_path / "model.json", tmp_path / "model.svg"
-    words = ["bench", "model", "convnext_atto", "--batch", "1", "--size", "32", "--rounds", "1"]
+    words = ["bench", "model", "convnext_atto", "--train", "bias", "--batch", "1", "--size", "32", "--rounds", "1"]
     words += ["--only", "mkf, channels-last", "--only", "nn.Conv2d, weights frozen, channels-last"]
     result = CliRunner().invoke(app, [*words, "--json", str(out), "--figure", str(figure)])
     assert result.exit_code == 0, result.output
     assert "%" in result.output
     (written,) = json.loads(out.read_text())
+    assert written["problem"]["train"] == ["bias"]
     names = ["mkf, channels-last", "nn.Conv2d, weights frozen, channels-last"]
     names += ["without depthwise layers, channels-last"]
     assert [row["name"] for row in written["rows"]] == names

@@ -89,7 +89,7 @@ class _Kept(NamedTuple):
 
 KEPT = 256  # calls; the oldest go first
 
-_kept: dict[tuple[int, torch.Size], _Kept] = {}
+_kept: dict[tuple[int, torch.Size, bool], _Kept] = {}
 _lock = Lock()
 
 
@@ -106,7 +106,7 @@ def find(
 
     Keys and index must hold the values they had; scale and shift, which change as they train, must be finite.
     """
-    kept = _kept.get((id(scale), x.shape)) if type(x) in PLAIN else None
+    kept = _kept.get((id(scale), x.shape, x.requires_grad)) if type(x) in PLAIN else None
     if kept is None:
         return None
     call, guards, tensors, kept_options, snapshot = kept
@@ -150,7 +150,7 @@ def keep(
     with _lock:
         while len(_kept) >= KEPT:
             del _kept[next(iter(_kept))]
-        _kept[id(scale), x.shape] = _Kept(call, guards, tensors, options, snapshot)
+        _kept[id(scale), x.shape, x.requires_grad] = _Kept(call, guards, tensors, options, snapshot)
 
 
 def _guards(*tensors: Tensor) -> Any:
