@@ -120,11 +120,14 @@ PYBIND11_MODULE(_native, m) {
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("threads"));
 
-    py::class_<mkf::Snapshot>(m, "Snapshot", "The values of keys and index, and MKF_BACKEND, as they are now.")
-        .def(py::init([](std::uintptr_t keys, std::size_t key_bytes, std::uintptr_t index, std::int64_t channels) {
-                 return new mkf::Snapshot(pointer<const void>(keys), key_bytes, pointer<const void>(index), channels);
+    py::class_<mkf::Snapshot>(m, "Snapshot", "Keys and index, where scale and shift lie, and MKF_BACKEND, as they are.")
+        .def(py::init([](std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift,
+                         std::size_t key_bytes, std::size_t channels) {
+                 return new mkf::Snapshot(pointer<const void>(keys), pointer<const void>(index),
+                                          pointer<const float>(scale), pointer<const float>(shift), key_bytes, channels);
              }),
-             py::arg("keys"), py::arg("key_bytes"), py::arg("index"), py::arg("channels"))
+             py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"),
+             py::arg("channels"))
         .def(
             "holds",
             [](const mkf::Snapshot& snapshot, std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale,

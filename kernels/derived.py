@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from ctypes import string_at
-from threading import Lock
+from threading import RLock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ class Derived(Generic[T]):
         self.size = size
         self._last: dict[Hashable, tuple[Hashable, T]] = {}  # by place, so that bytes need not be hashed
         self._known: dict[Hashable, tuple[T, Tensor | None]] = {}
-        self._lock = Lock()
+        self._lock = RLock()  # what goes may call whatever waits for its end
 
     def __call__(self, tensor: Tensor, *arguments: Hashable) -> T:
         """The function's result for a contiguous tensor.

@@ -9,10 +9,10 @@
 
 namespace mkf {
 
-inline bool all_finite(const float* values, std::int64_t count) {
+inline bool all_finite(const float* values, std::size_t count) {
     constexpr std::uint32_t exponent = 0x7f800000;
     std::uint32_t any = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::size_t i = 0; i < count; ++i) {
         std::uint32_t bits;
         std::memcpy(&bits, values + i, sizeof bits);
         any |= (bits & exponent) == exponent;
@@ -20,19 +20,22 @@ inline bool all_finite(const float* values, std::int64_t count) {
     return any == 0;
 }
 
-// The bytes of the keys and of the index, the number of channels, and the implementation that the environment asked for.
+// The bytes of keys and index, where scale and shift lie, the number of channels, and the implementation that the
+// environment asked for.
 class Snapshot {
 public:
-    Snapshot(const void* keys, std::size_t key_bytes, const void* index, std::int64_t channels)
-        : keys(key_bytes), index(channels), backend(wanted_backend()) {
+    Snapshot(const void* keys, const void* index, const float* scale, const float* shift, std::size_t key_bytes,
+             std::size_t channels)
+        : keys(key_bytes), index(channels), scale(scale), shift(shift), backend(wanted_backend()) {
         std::memcpy(this->keys.data(), keys, key_bytes);
         std::memcpy(this->index.data(), index, channels * sizeof(std::int32_t));
     }
 
     // Whether they are as they were, and scale and shift finite.
     bool holds(const void* keys, const void* index, const float* scale, const float* shift) const {
-        const std::int64_t channels = static_cast<std::int64_t>(this->index.size());
-        return std::memcmp(this->keys.data(), keys, this->keys.size()) == 0 &&
+        const std::size_t channels = this->index.size();
+        return scale == this->scale && shift == this->shift &&
+               std::memcmp(this->keys.data(), keys, this->keys.size()) == 0 &&
                std::memcmp(this->index.data(), index, channels * sizeof(std::int32_t)) == 0 &&
                all_finite(scale, channels) && all_finite(shift, channels) && backend == wanted_backend();
     }
@@ -40,6 +43,7 @@ public:
 private:
     std::vector<char> keys;
     std::vector<std::int32_t> index;
+    const float *scale, *shift;
     std::string backend;
 
     static const char* wanted_backend() {

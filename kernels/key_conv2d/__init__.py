@@ -84,12 +84,12 @@ class KeyPlan(NamedTuple):
             k * k if direct else multiplications(k, terms, shift or box != 0, int(tap != 0))
             for direct, terms, box, tap in parts
         ]
-        return torch.tensor(counts, dtype=torch.int32)
+        return torch.tensor(counts, dtype=torch.int32, device="cpu")
 
     def dense(self) -> Tensor:
         """The keys as the plan describes them, (K, k, k) float64 on the CPU."""
         dense = self.columns.double().mT @ self.rows.double() + self.box.double()[:, None, None]
-        dense[torch.arange(len(dense)), self.tap_row, self.tap_column] += self.tap.double()
+        dense[torch.arange(len(dense), device="cpu"), self.tap_row, self.tap_column] += self.tap.double()
         return torch.where(self.direct[:, None, None], self.keys.detach().double().cpu(), dense)
 
     def describe(self) -> str:

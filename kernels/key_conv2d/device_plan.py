@@ -39,7 +39,7 @@ def records(plan: KeyPlan) -> Tensor:
     centred = (plan.tap == 0) | ((plan.tap_row == k // 2) & (plan.tap_column == k // 2))
     separable = ~plan.direct & (plan.terms <= MOST_TERMS) & centred
     form = torch.where(separable, (plan.terms - 1).clamp(min=0), DIRECT)
-    factors = torch.zeros(2, count, MOST_TERMS, k)
+    factors = torch.zeros(2, count, MOST_TERMS, k, dtype=torch.float32, device="cpu")
     most = min(MOST_TERMS, plan.columns.shape[1])
     factors[0, :, :most], factors[1, :, :most] = plan.columns[:, :most], plan.rows[:, :most]
     # A key of k * k taps must not make its neighbours in a block pay for a box or a tap.

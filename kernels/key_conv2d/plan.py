@@ -37,7 +37,8 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     most = max((found[i].rank for i in separable), default=1) or 1
     shape = (len(keys), most, keys.shape[-1])
     plan = KeyPlan(*(x.clone() for x in plan))
-    plan = plan._replace(keys=keys.detach().clone(), columns=torch.zeros(shape), rows=torch.zeros(shape))
+    columns, rows = (torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    plan = plan._replace(keys=keys.detach().clone(), columns=columns, rows=rows)
     for i in separable:
         key = found[i]
         plan.direct[i] = False
@@ -71,11 +72,13 @@ _plans = Derived(make_plan)
 @cache
 def _all_direct(count: int, k: int) -> KeyPlan:
     """A plan of k * k taps for every key; its keys are zero."""
-    zero, integer = torch.zeros(count), torch.zeros(count, dtype=torch.int32)
-    factors = torch.zeros(count, 1, k)
+    with torch.device("cpu"):  # whatever the default is
+        zero, integer = torch.zeros(count, dtype=torch.float32), torch.zeros(count, dtype=torch.int32)
+        factors, taps = (torch.zeros(count, n, k, dtype=torch.float32) for n in (1, k))
+        direct = torch.ones(count, dtype=torch.bool)
     return KeyPlan(
-        keys=torch.zeros(count, k, k),
-        direct=torch.ones(count, dtype=torch.bool),
+        keys=taps,
+        direct=direct,
         terms=integer,
         columns=factors,
         rows=factors,

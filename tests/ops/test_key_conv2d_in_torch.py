@@ -4,6 +4,9 @@ What it computes is tested in test_key_conv2d.py.
 """
 
 import copy
+import gc
+import weakref
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mkf
 from mkf.kernels import extension
@@ -25,6 +29,14 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def call_and_keep(problem):
+    for _ in range(2):
+        key_conv2d(*problem.tensors(), padding=3)
+    options = 1, 3, 1, 0.0, None
+    found = eager.find(*problem.tensors(), options)
+    assert (found is None) == bool(extension.missing())  # None elsewhere: this torch has other guards
 
 
 class TestAutograd:
@@ -106,6 +118,135 @@ class TestAutograd:
             assert torch.equal(key_conv2d(*tensors, padding=3, backend=backend), out)
 
 
+class TestBetweenForwardAndBackward:
+    """A gradient is of what was computed, whatever became of its inputs, or it is refused."""
+
+    def gradients(self, change=lambda problem: None, dy=None, of=4):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+        call_and_keep(problem)
+        out = key_conv2d(*problem.tensors(), padding=3)
+        change(problem)
+        return torch.autograd.grad(out, leaves[:of], noise(*out.shape) if dy is None else dy)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda p: p.index.numpy().fill(10**9),
+            lambda p: p.index.data.fill_(-(10**8)),
+            lambda p: p.keys.mul_(2),
+        ],
+    )
+    def test_keys_and_index_are_those_of_the_forward(self, change):
+        for gradient, expected in zip(self.gradients(change), self.gradients(), strict=True):
+            assert torch.equal(gradient, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+    def test_parameters_may_get_another_dtype(self, dtype):
+        def convert(problem):
+            for t in (problem.scale, problem.shift):
+                t.data = t.data.to(dtype)
+
+        (dx,), (expected,) = self.gradients(convert, of=1), self.gradients(of=1)
+        torch.testing.assert_close(dx, expected, rtol=2e-3, atol=2e-2)
+
+    def test_parameters_of_another_size_are_refused(self):
+        def shorten(problem):
+            problem.scale.data = torch.ones(1)
+
+        with pytest.raises(ValueError, match=r"scale has shape \(1,\)"):
+            self.gradients(shorten)
+
+    def test_an_input_of_another_size_is_refused(self):
+        def shorten(problem):
+            problem.x.data = torch.ones(1, 12, 9, 8)
+
+        with pytest.raises(RuntimeError, match="in the forward pass"):
+            self.gradients(shorten)
+
+    def test_hooks_that_store_copies_decide(self):
+        def write(problem):
+            with torch.no_grad():
+                problem.scale.mul_(3)
+                problem.shift.add_(1)
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+            found = self.gradients(write)
+        for gradient, expected in zip(found, self.gradients(), strict=True):
+            torch.testing.assert_close(gradient, expected)
+
+    def test_gradients_that_are_negated_or_zero(self):
+        expected = self.gradients()
+        for gradient, e in zip(self.gradients(dy=torch._neg_view(noise(2, 12, 9, 8))), expected, strict=True):
+            torch.testing.assert_close(gradient, -e)
+        assert not any(g.any() for g in self.gradients(dy=torch._efficientzerotensor((2, 12, 9, 8))))
+
+    def test_checkpoints_compute_the_first_step_again(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        tensors = problem.tensors()
+        leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
+        out = checkpoint(lambda x: key_conv2d(x, *tensors[1:], padding=3), problem.x, use_reentrant=False)
+        found = torch.autograd.grad(out.sum(), leaves)
+        for gradient, e in zip(found, self.gradients(dy=torch.ones_like(out)), strict=True):
+            torch.testing.assert_close(gradient, e)
+
+    def test_threads_may_train_together(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        leaves = [t.requires_grad_() for t in (problem.scale, problem.shift, problem.bias)]
+        inputs = [problem.x, problem.x.to(memory_format=torch.channels_last), problem.x[:1]]
+        done = []
+
+        def train():
+            for step in range(300):
+                out = key_conv2d(inputs[step % 3], *problem.tensors()[1:], padding=3)
+                torch.autograd.grad(out.sum(), leaves)
+            done.append(True)
+
+        threads = [Thread(target=train, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(done) == 2
+
+
+class TestKeptCalls:
+    def test_options_that_change_in_place_are_seen(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        padding = [3, 3]
+        for _ in range(2):
+            assert key_conv2d(*problem.tensors(), padding=padding).shape[2:] == (9, 8)
+        padding[:] = 0, 0
+        assert key_conv2d(*problem.tensors(), padding=padding).shape[2:] == (3, 2)
+
+    def test_they_go_with_their_parameters(self):
+        class Owner:
+            pass
+
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        problem.scale.owner = Owner()
+        before, owner = len(eager._kept), weakref.ref(problem.scale.owner)
+        call_and_keep(problem)
+        del problem
+        gc.collect()
+        assert owner() is None
+        assert len(eager._kept) <= before
+
+    @pytest.mark.parametrize("train", [False, True])
+    def test_defaults_of_torch_do_not_matter(self, train):
+        for dtype, device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+            problem = Problem((2, 12, 9, 8), mkf.keys.random(7, 8, 5).filters.clone())  # whose plan is not known yet
+            problem.keys.mul_(1 + len(str(dtype)) / 1000 + len(device) / 1e4).requires_grad_(train)
+            try:
+                torch.set_default_dtype(dtype)
+                with torch.device(device):
+                    out = key_conv2d(*problem.tensors(), padding=3)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            expected = problem.torch(torch.float64, *problem.tensors())
+            torch.testing.assert_close(out.detach().double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
 class TestAutocast:
     def test_the_input_is_cast_and_the_parameters_are_not(self):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])
@@ -117,6 +258,12 @@ class TestAutocast:
         assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
         half = key_conv2d(problem.x.bfloat16(), *problem.tensors()[1:], padding=3)
         assert torch.equal(out, half)
+
+    def test_each_dtype_is_a_call_of_its_own(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"], dtype=torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                assert key_conv2d(*problem.tensors(), padding=3).dtype == dtype
 
     def test_integers_are_still_refused(self):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])
@@ -194,14 +341,6 @@ class TestCompile:
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def call_and_keep(problem):
-    for _ in range(2):
-        key_conv2d(*problem.tensors(), padding=3)
-    options = 1, 3, 1, 0.0, None
-    found = eager.find(*problem.tensors(), options)
-    assert (found is None) == bool(extension.missing())  # None elsewhere: this torch has other guards
-
-
 @pytest.mark.parametrize("kept", [False, True])
 class TestWatchers:
     """Whatever looks at torch's operators sees this one, also where the same call was made and kept before."""
@@ -273,6 +412,15 @@ class TestWatchers:
     def test_what_is_no_tensor_is_refused(self, problem, x):
         with pytest.raises(TypeError, match="x: expected a tensor"):
             key_conv2d(x, *problem.tensors()[1:], padding=3)
+
+
+def test_tensors_without_memory_of_their_own():
+    problem = Problem((2, 12, 9, 8), KEYS["centred"])
+    rest = problem.tensors()[1:]
+    out = key_conv2d(torch._to_functional_tensor(problem.x), *rest, padding=3)
+    torch.testing.assert_close(torch._from_functional_tensor(out), key_conv2d(problem.x, *rest, padding=3))
+    zeros = key_conv2d(torch._efficientzerotensor((2, 12, 9, 8)), *rest, padding=3)
+    torch.testing.assert_close(zeros, key_conv2d(torch.zeros(2, 12, 9, 8), *rest, padding=3))
 
 
 def test_negated_views():

@@ -15,6 +15,8 @@ from mkf.ops.key_conv2d.check import check_input, check_parameters
 
 Sizes = int | Sequence[int]
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 
 def key_conv2d(
     x: Tensor,
@@ -71,13 +73,13 @@ def key_conv2d(
         TypeError: Dtypes that are no floating-point numbers or do not go together.
         BackendError: The implementation asked for cannot run there, or cannot serve this call.
     """
+    if _is_any_autocast_enabled():
+        x = _autocast(x)
     options = stride, padding, dilation, tolerance, backend
     if not eager.is_observed():
         call = eager.find(x, keys, index, scale, shift, bias, options)
         if call is not None:
             return eager.run(call, x, keys, index, scale, shift, bias)
-    if torch._C._is_any_autocast_enabled() and (cast := _autocast(x)) is not x:
-        return key_conv2d(cast, keys, index, scale, shift, bias, stride, padding, dilation, backend, tolerance)
 
     q = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
     if _is_onnx_export():

@@ -21,8 +21,9 @@ class Call(NamedTuple):
     Attributes:
         implementation: The module that computes.
         plan: Of the keys.
-        index: (C,), contiguous, as the next two.
-        scale: (C,).
+        index: (C,), of its own, so that a gradient is of what was computed.
+        scale: (C,), contiguous, the memory of the caller's where that can be, as the next: only a tensor that nobody
+            else has keeps its size and dtype whatever becomes of theirs.
         shift: (C,).
         layout: Of x and all that has its dimensions.
         size: Of the output.
@@ -67,12 +68,17 @@ def prepare(
     """Check the values, plan the keys and choose an implementation; of x only shape, dtype and layout count.
 
     Raises:
-        ValueError: Values that are refused.
+        ValueError: Sizes and values that are refused.
         BackendError: The implementation asked for cannot run or serve this call.
     """
-    index, scale, shift = index.contiguous(), scale.contiguous(), shift.contiguous()
+    for name, p in (("index", index), ("scale", scale), ("shift", shift)):
+        if p.shape != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, but x has {x.shape[1]} channels")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    index = index.to(torch.int32, copy=True)
+    scale, shift = (p.detach().to(dtype).contiguous() for p in (scale, shift))
     check_values(keys, index, scale, shift)
-    plan = plan_of(keys.contiguous(), tolerance)
+    plan = plan_of(keys.to(dtype).contiguous(), tolerance)
     layout = layout_of(x)
     x = x.contiguous(memory_format=layout)
     implementation = choose(
@@ -103,7 +109,13 @@ def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Te
 def gradients(
     call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool], size: Sequence[int]
 ) -> list[Tensor | None]:
-    """Gradients for x, keys, scale, shift and bias; None where none is wanted. `size` is that of x."""
+    """Gradients for x, keys, scale, shift and bias; None where none is wanted. `size` is that of x.
+
+    Raises:
+        RuntimeError: x is no longer what the output was computed of.
+    """
+    if x is not None and (x.shape != tuple(size) or x.dtype != dy.dtype):
+        raise RuntimeError(f"x was {dy.dtype} {tuple(size)} in the forward pass, is {x.dtype} {tuple(x.shape)}")
     implementation, plan, index, scale, shift, layout, _, (*geometry, _, _) = call
     dy = dy.contiguous(memory_format=layout)
     x = None if x is None else x.contiguous(memory_format=layout)

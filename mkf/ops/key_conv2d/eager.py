@@ -6,8 +6,9 @@ computed; a small layer is computed in 50.
 
 import os
 from collections.abc import Sequence
-from threading import Lock
+from threading import RLock
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def is_watched() -> bool:
 def are_plain(*tensors: Any) -> bool:
     """Whether these are tensors, not of a subclass, that hold their values as they are."""
     return PLAIN.issuperset(map(type, tensors)) and not any(
-        t.layout is not torch.strided or t.is_meta or t.is_neg() for t in tensors
+        t.layout is not torch.strided or t.is_meta or t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t)
+        for t in tensors
     )
 
 
@@ -72,25 +74,29 @@ def run(
 class _Kept(NamedTuple):
     """A call and what it depends on: while that is the same, it need not be checked and prepared again.
 
+    It refers to nothing but memory of the parameters, and goes when the scale does.
+
     Attributes:
         call: What was prepared.
-        guards: Of `_guards`, for x and the tensors.
-        tensors: Keys, index, scale, shift and bias.
+        guards: Of `_guards`, for x and the parameters.
+        has_bias: Whether a bias is one of them.
         options: Of the call.
         snapshot: Of `_snapshot`.
+        scale: Its end is this entry's.
     """
 
     call: compute.Call
     guards: Any
-    tensors: tuple[Tensor | None, ...]
+    has_bias: bool
     options: tuple[Any, ...]
     snapshot: Any
+    scale: ref[Tensor]
 
 
 KEPT = 256  # calls; the oldest go first
 
 _kept: dict[tuple[int, torch.Size, bool], _Kept] = {}
-_lock = Lock()
+_lock = RLock()  # what goes may call whatever waits for its end
 
 
 def find(
@@ -104,20 +110,19 @@ def find(
 ) -> compute.Call | None:
     """The call that was kept for these parameters and this size, if it is still right.
 
-    Keys and index must hold the values they had; scale and shift, which change as they train, must be finite.
+    Keys and index must hold the values they had, scale and shift, which change as they train, lie where they lay and be
+    finite.
     """
     kept = _kept.get((id(scale), x.shape, x.requires_grad)) if type(x) in PLAIN else None
     if kept is None:
         return None
-    call, guards, tensors, kept_options, snapshot = kept
+    call, guards, has_bias, kept_options, snapshot, _ = kept
     if not (
-        tensors[0] is keys
-        and tensors[1] is index
-        and tensors[2] is scale
-        and tensors[3] is shift
-        and tensors[4] is bias
-        and options == kept_options
-        and (guards.check(x, *tensors[:4]) if bias is None else guards.check(x, *tensors))
+        options == kept_options
+        and (
+            guards.check(x, keys, index, scale, shift, bias) if has_bias else guards.check(x, keys, index, scale, shift)
+        )
+        and (bias is not None) == has_bias
         and _holds(snapshot, keys, index, scale, shift)
     ):
         return None
@@ -135,22 +140,24 @@ def keep(
     options: tuple[Any, ...],
 ) -> None:
     """Let `find` find it, if its parameters are there to stay: no results of a computation, no copies."""
-    tensors = keys, index, scale, shift, bias
-    there = [t for t in tensors if t is not None]
+    parameters = [t for t in (keys, index, scale, shift, bias) if t is not None]
     if (
         keys.requires_grad
-        or not all(t.is_leaf and t.is_contiguous() for t in there)
+        or not all(t.is_leaf and t.is_contiguous() for t in parameters)
         or not x.is_contiguous(memory_format=call.layout)
         or x.dtype == torch.float64
+        or any(isinstance(option, list) for option in options)  # which may change
     ):
         return
-    guards, snapshot = _guards(x, *there), _snapshot(keys, index)
+    guards, snapshot = _guards(x, *parameters), _snapshot(keys, index, scale, shift)
     if guards is None or snapshot is None:
         return
+    place = id(scale), x.shape, x.requires_grad
+    kept = _Kept(call, guards, bias is not None, options, snapshot, ref(scale, lambda _: _kept.pop(place, None)))
     with _lock:
         while len(_kept) >= KEPT:
             del _kept[next(iter(_kept))]
-        _kept[id(scale), x.shape, x.requires_grad] = _Kept(call, guards, tensors, options, snapshot)
+        _kept[place] = kept
 
 
 def _guards(*tensors: Tensor) -> Any:
@@ -165,19 +172,24 @@ def _guards(*tensors: Tensor) -> Any:
         return None
 
 
-def _snapshot(keys: Tensor, index: Tensor) -> Any:
-    """Their values and `MKF_BACKEND` as they are, for `_holds`; None on a CPU without the extension."""
+def _snapshot(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    """What `_holds` compares with: the values of keys and index, where scale and shift lie, `MKF_BACKEND`.
+
+    None on a CPU without the extension.
+    """
     if not keys.is_cpu:
-        return values_of(keys), values_of(index), os.environ.get("MKF_BACKEND")
+        places = scale.data_ptr(), shift.data_ptr()
+        return values_of(keys), values_of(index), places, os.environ.get("MKF_BACKEND")
     if extension.missing():
         return None
-    return extension.native().Snapshot(keys.data_ptr(), keys.nbytes, index.data_ptr(), len(index))
+    addresses = keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr()
+    return extension.native().Snapshot(*addresses, keys.nbytes, len(index))
 
 
 def _holds(snapshot: Any, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> bool:
     """Whether all is as it was, and on the CPU also whether scale and shift are finite."""
     if not keys.is_cpu:
-        return bool(snapshot == _snapshot(keys, index))
+        return bool(snapshot == _snapshot(keys, index, scale, shift))
     holds: bool = snapshot.holds(keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr())
     return holds
 
@@ -198,20 +210,28 @@ class _KeyConv2d(torch.autograd.Function):
         ctx.wanted = x_trains, keys_train, scale_trains, shift_trains, bias_trains
         ctx.call = call
         ctx.size = x.shape
-        ctx.save_for_backward(x if keys_train or scale_trains or shift_trains else None, keys, index, scale, shift)
+        x_needed = keys_train or scale_trains or shift_trains
+        ctx.save_for_backward(x if x_needed else None, keys if keys_train else None, scale, shift)
         return compute.forward(call, x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        call, wanted, size, saved = ctx.call, ctx.wanted, ctx.size, ctx.saved_tensors
+        call, wanted, size = ctx.call, ctx.wanted, ctx.size
+        x, keys, scale, shift = ctx.saved_tensors
+        saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
         if _is_grad_enabled() or is_legacy_batchedtensor(dy):
             # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
             gradients = _differentiable_gradients(dy, *saved, wanted, size, *call.options)
-        elif is_watched() or type(dy) is not Tensor:
+        elif (
+            is_watched()
+            or not are_plain(dy)
+            or scale.data_ptr() != call.scale.data_ptr()
+            or shift.data_ptr() != call.shift.data_ptr()
+        ):  # the last two: they were replaced, or a hook has stored copies
             gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, size, *call.options)
             gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
         else:
-            gradients = compute.gradients(call, dy, saved[0], wanted, size)
+            gradients = compute.gradients(call, dy, x, wanted, size)
         dx, d_keys, *others = gradients
         return None, dx, d_keys, None, *others
 
