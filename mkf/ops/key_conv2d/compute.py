@@ -75,9 +75,10 @@ def prepare(
         if p.shape != x.shape[1:2]:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, but x has {x.shape[1]} channels")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    index = index.to(torch.int32, copy=True)
+    index = index.to(torch.int32).contiguous()
     scale, shift = (p.detach().to(dtype).contiguous() for p in (scale, shift))
-    check_values(keys, index, scale, shift)
+    check_values(keys, index, scale, shift)  # before the copy: on a GPU only a tensor that is new is looked at
+    index = index.clone()
     plan = plan_of(keys.to(dtype).contiguous(), tolerance)
     layout = layout_of(x)
     x = x.contiguous(memory_format=layout)

@@ -82,6 +82,7 @@ class _Kept(NamedTuple):
         has_bias: Whether a bias is one of them.
         options: Of the call.
         snapshot: Of `_snapshot`.
+        pinned: The memory of keys and index, so that no others come to their addresses.
         scale: Its end is this entry's.
     """
 
@@ -90,6 +91,7 @@ class _Kept(NamedTuple):
     has_bias: bool
     options: tuple[Any, ...]
     snapshot: Any
+    pinned: tuple[Tensor, ...]
     scale: ref[Tensor]
 
 
@@ -116,7 +118,7 @@ def find(
     kept = _kept.get((id(scale), x.shape, x.requires_grad)) if type(x) in PLAIN else None
     if kept is None:
         return None
-    call, guards, has_bias, kept_options, snapshot, _ = kept
+    call, guards, has_bias, kept_options, snapshot, _, _ = kept
     if not (
         options == kept_options
         and (
@@ -153,7 +155,8 @@ def keep(
     if guards is None or snapshot is None:
         return
     place = id(scale), x.shape, x.requires_grad
-    kept = _Kept(call, guards, bias is not None, options, snapshot, ref(scale, lambda _: _kept.pop(place, None)))
+    pinned, end = (keys.detach(), index.detach()), ref(scale, lambda _: _kept.pop(place, None))
+    kept = _Kept(call, guards, bias is not None, options, snapshot, pinned, end)
     with _lock:
         while len(_kept) >= KEPT:
             del _kept[next(iter(_kept))]
