@@ -32,6 +32,8 @@ BIAS_ADDED = "F.conv2d + bias, weights frozen"
 FREE = "nn.Conv2d"
 VARIANTS = MKF, FROZEN, BIAS_ADDED, NONE, FREE
 
+TRAIN = ("shift", "bias")  # as in the paper's text; its answers to reviewers have the bias alone, as the frozen peers
+
 WARM_UP = 2  # rounds after which all the memory that is needed is there
 
 
@@ -63,7 +65,7 @@ class Subsample(nn.Module):
 
 
 def variants(
-    model: nn.Module, keys: KeySet, order: str = "blocks", train: Iterable[str] = ("shift", "bias")
+    model: nn.Module, keys: KeySet, order: str = "blocks", train: Iterable[str] = TRAIN
 ) -> dict[str, nn.Module]:
     """A network with keys, of which `train` trains, and beside it the same with its peers, all with keys' filters."""
     with_keys = convert(deepcopy(model), keys, assign="uniform", order=order, train=train)  # type: ignore[arg-type]
@@ -87,25 +89,24 @@ def run(
     rounds: int = 5,
     names: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float32,
-    train: Iterable[str] = ("shift", "bias"),
+    train: Iterable[str] = TRAIN,
 ) -> Result:
     """Time a step of a timm model in all its variants and both layouts, in turns, relative to `NONE`.
 
     A step is one pass without gradients, or forward, cross-entropy, backward and AdamW, fused, so that what is not of
     interest takes the least. `names` keeps those whose name starts with one of them, such as "mkf" or "nn.Conv2d,
-    weights frozen, channels-last", and the baseline. `train` is of the layers with keys: shift and bias as in the
-    paper's text, or the bias alone as in its answers to reviewers, which is what the frozen peers train.
+    weights frozen, channels-last", and the baseline. `train` is of the layers with keys.
 
     Raises:
         ValueError: No name starts so.
     """
+    train = tuple(train)
     torch.manual_seed(0)
     model = create(name, pretrained=False).model.to(dtype)
     images, labels = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(0, 10, (batch,))
     baseline = f"{NONE}, channels-last"
     wanted = None if names is None else (baseline, *names)
     found: dict[str, Callable[[], object]] = {}
-    train = tuple(train)
     for variant, made in variants(model, keys, order, train).items():
         for layout, memory_format in LAYOUTS.items():
             if wanted is None or f"{variant}, {layout}".startswith(wanted):

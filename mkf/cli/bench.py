@@ -166,7 +166,7 @@ def model(
         if threads:
             torch.set_num_threads(threads)
         mode = "inference" if inference else "training"
-        trained = train or ["shift", "bias"]
+        trained = train or suite.TRAIN
         result = suite.run(
             name, parse(keys), mode, batch, size, order, rounds, only, train=trained  # type: ignore[arg-type]
         )  # fmt: skip

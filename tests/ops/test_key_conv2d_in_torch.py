@@ -22,13 +22,7 @@ from mkf.ops import key_conv2d
 from mkf.ops.key_conv2d import eager
 from tests.ops.key_conv2d_problems import KEYS, Problem, noise
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that is not written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def call_and_keep(problem):

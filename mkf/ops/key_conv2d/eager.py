@@ -121,10 +121,10 @@ def find(
     call, guards, has_bias, kept_options, snapshot, _, _ = kept
     if not (
         options == kept_options
+        and (bias is not None) == has_bias
         and (
             guards.check(x, keys, index, scale, shift, bias) if has_bias else guards.check(x, keys, index, scale, shift)
         )
-        and (bias is not None) == has_bias
         and _holds(snapshot, keys, index, scale, shift)
     ):
         return None
