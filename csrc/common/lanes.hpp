@@ -12,13 +12,20 @@ struct Lanes {
     int count;
 #if defined(__AVX512F__)
     __mmask16 mask;
+    // For `Alternate`: which of two neighbours in memory the lanes are, and what that makes of a store.
+    int second;
+    __mmask32 halves;
+    __m128i shift;
 #elif defined(__AVX2__)
     __m256i mask;
 #endif
 
-    explicit Lanes(int n) : count(n < Vec::width ? n : Vec::width) {
+    explicit Lanes(int n, bool is_second = false) : count(n < Vec::width ? n : Vec::width) {
 #if defined(__AVX512F__)
         mask = static_cast<__mmask16>((1u << count) - 1);
+        second = is_second;
+        halves = 0x55555555u << second;
+        shift = _mm_cvtsi32_si128(second ? 0 : 16);
 #elif defined(__AVX2__)
         mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 #endif
@@ -53,13 +60,30 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
     const __m256i x = _mm256_maskz_loadu_epi16(lanes.mask, p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
-inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
-    const __m512i b = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(b, 16);
-    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+// The nearest bfloat16, ties to even, in the upper half of each lane; a NaN stays one.
+inline __m512i rounded(Vec a) {
+    const __m512i b = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
-    _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(result));
+    return _mm512_mask_or_epi32(sum, nan, b, _mm512_set1_epi32(0x400000));
+}
+inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
+    _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
+}
+
+// One of the bfloat16 of which every second is a lane, all lanes being there. Memory then is float32 as soon as the other
+// halves are masked away, where neighbours would have to be widened by a shift, which takes the place of a multiplication.
+// A load reaches for the element before `p` but does not read it; a store shifts, so that it is aligned where memory is.
+struct Alternate {
+    BFloat16 value;
+};
+constexpr bool alternates = true;
+inline Vec load(const Alternate* p, const Lanes&) {
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
+}
+inline void store(Alternate* p, Vec a, const Lanes& lanes) {
+    _mm512_mask_storeu_epi16(p - lanes.second, lanes.halves, _mm512_srl_epi32(rounded(a), lanes.shift));
 }
 
 #elif defined(__AVX2__)
@@ -98,6 +122,11 @@ inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
     for (int i = 0; i < lanes.count; ++i) p[i] = to_bfloat16(a.v[i]);
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+struct Alternate;
+constexpr bool alternates = false;
 #endif
 
 }  // namespace mkf::MKF_ISA

@@ -11,40 +11,16 @@ namespace mkf {
 namespace {
 
 // Channels-first, any channels can share a vector: those with equal keys do, and so most vectors compute the cheapest form.
-struct SortedChannels {
-    std::vector<std::int32_t> order, index;
-    std::vector<float> scale, shift;
-
-    explicit SortedChannels(const KeyConv2d& p) : order(p.channels) {
-        std::iota(order.begin(), order.end(), 0);
-        const auto rank = [&](std::int32_t c) {
-            const std::int32_t key = p.index[c];
-            return std::make_tuple(p.direct[key], p.terms[key], key);
-        };
-        std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rank(a) < rank(b); });
-        index = sorted(p.index);
-        scale = sorted(p.scale);
-        shift = sorted(p.shift);
-    }
-
-    template <class T>
-    std::vector<T> sorted(const T* of_channel) const {
-        std::vector<T> result(order.size());
-        for (std::size_t i = 0; i < order.size(); ++i) result[i] = of_channel[order[i]];
-        return result;
-    }
-    void unsort(const std::vector<float>& from, float* to) const {
-        if (to == nullptr) return;
-        for (std::size_t i = 0; i < order.size(); ++i) to[order[i]] = from[i];
-    }
-    KeyConv2d in(KeyConv2d p) const {
-        p.order = order.data();
-        p.index = index.data();
-        p.scale = scale.data();
-        p.shift = shift.data();
-        return p;
-    }
-};
+std::vector<std::int32_t> by_key(const KeyConv2d& p) {
+    std::vector<std::int32_t> order(p.channels_last ? 0 : p.channels);
+    std::iota(order.begin(), order.end(), 0);
+    const auto rank = [&](std::int32_t c) {
+        const std::int32_t key = p.index[c];
+        return std::make_tuple(p.direct[key], p.terms[key], key);
+    };
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rank(a) < rank(b); });
+    return order;
+}
 
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
@@ -101,34 +77,20 @@ KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {
 
 void KeyConv2dCpu::forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa,
                            int threads) const {
-    const KeyConv2d p = with(channels);
+    KeyConv2d p = with(channels);
+    const std::vector<std::int32_t> order = by_key(p);
+    p.order = order.data();
     expect_to_fill(tensors.out, p.batch * p.channels * p.out_height() * p.out_width() * size_of(p.dtype));
-    if (p.channels_last) return run(p, tensors, table, isa, threads);
-    const SortedChannels sorted(p);
-    KeyConv2dForward of_sorted = tensors;
-    std::vector<float> bias;
-    if (tensors.bias) {
-        bias = sorted.sorted(tensors.bias);
-        of_sorted.bias = bias.data();
-    }
-    run(sorted.in(p), of_sorted, table, isa, threads);
+    run(p, tensors, table, isa, threads);
 }
 
 void KeyConv2dCpu::backward(const KeyConv2dChannels& channels, const KeyConv2dBackward& tensors, Isa isa,
                             int threads) const {
-    const KeyConv2d p = with(channels);
+    KeyConv2d p = with(channels);
+    const std::vector<std::int32_t> order = by_key(p);
+    p.order = order.data();
     if (tensors.dx) expect_to_fill(tensors.dx, p.batch * p.channels * p.height * p.width * size_of(p.dtype));
-    if (p.channels_last) return run(p, tensors, table, isa, threads);
-    const SortedChannels sorted(p);
-    KeyConv2dBackward of_sorted = tensors;
-    std::vector<float> d_scale(p.channels), d_shift(p.channels), d_bias(p.channels);
-    if (tensors.d_scale) of_sorted.d_scale = d_scale.data();
-    if (tensors.d_shift) of_sorted.d_shift = d_shift.data();
-    if (tensors.d_bias) of_sorted.d_bias = d_bias.data();
-    run(sorted.in(p), of_sorted, table, isa, threads);
-    sorted.unsort(d_scale, tensors.d_scale);
-    sorted.unsort(d_shift, tensors.d_shift);
-    sorted.unsort(d_bias, tensors.d_bias);
+    run(p, tensors, table, isa, threads);
 }
 
 }  // namespace mkf

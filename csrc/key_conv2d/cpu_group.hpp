@@ -45,29 +45,28 @@ enum class Weights {
     key,    // the key alone
 };
 
-// Chooses the form of the group that starts at channel `first` and looks its numbers up. `flipped` turns the keys by 180
+// Chooses the form of the group of these channels and looks its numbers up. `flipped` turns the keys by 180
 // degrees; `need_sum` asks for the sum of the window whether or not the convolution needs it.
 template <int K>
-static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, const float* bias, std::int64_t first,
-                 Weights weights, bool flipped, bool need_sum) {
-    const Lanes lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
-    const std::int32_t* key_of = p.index + first;
-    group.channels = {lanes, first, p.order + first};
-    group.scale = load(p.scale + first, lanes);
-    group.shift = load(p.shift + first, lanes);
-    group.start = bias ? load(bias + first, lanes) : zero();
+static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, const float* bias,
+                 const Channels& channels, Weights weights, bool flipped, bool need_sum) {
+    group.channels = channels;
+    group.scale = channels.pick(p.scale);
+    group.shift = channels.pick(p.shift);
+    group.start = bias ? channels.pick(bias) : zero();
 
     const bool whole = weights == Weights::whole;
     const Vec scale = whole ? group.scale : broadcast(1.0f), shift = whole ? group.shift : zero();
 
-    float numbers[Vec::width] = {};  // of the keys; lanes beyond the last channel use any key, as what they meet is zero
-    for (int i = 0; i < Vec::width; ++i) numbers[i] = static_cast<float>(key_of[i < lanes.count ? i : 0]);
+    std::int32_t key_of[Vec::width];
+    float numbers[Vec::width];
+    for (int i = 0; i < Vec::width; ++i) numbers[i] = static_cast<float>(key_of[i] = p.index[channels.each[i]]);
     const Vec key = load(numbers);
     const auto entry = [&](int i) { return lookup(table.entry(i), table.count, key); };
 
     group.direct = false;
     group.terms = group.single_taps = 0;
-    for (int i = 0; i < lanes.count; ++i) {
+    for (int i = 0; i < Vec::width; ++i) {
         const int j = key_of[i];
         group.direct |= p.direct[j];
         group.terms = std::max(group.terms, p.terms[j]);
@@ -106,7 +105,7 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     }
     if (group.single_taps == 0) return;
     float weight[most_single_taps][Vec::width] = {};
-    for (int i = 0; i < lanes.count; ++i) {
+    for (int i = 0; i < Vec::width; ++i) {
         const int j = key_of[i];
         if (p.tap[j] == 0.0f) continue;
         const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];

@@ -6,6 +6,11 @@
 
 namespace mkf::MKF_ISA {
 
+// Some of the vectors of channels.
+struct Vectors {
+    std::int64_t first, end;
+};
+
 struct Task {
     std::int64_t image;
     int strip, group;
@@ -18,8 +23,8 @@ struct Tasks {
     bool groups_inside;  // neighbours in memory are neighbours in time
     std::int64_t count;
 
-    Tasks(const KeyConv2d& p, std::int64_t out_rows)
-        : groups(static_cast<int>((p.channels + Vec::width - 1) / Vec::width)),
+    Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors)
+        : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
           groups_inside(p.channels_last),
           count(p.batch * strips * groups) {}
@@ -72,18 +77,20 @@ struct Store {
 };
 
 template <class G, class T, class View>
-static void forward(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads,
+                Vectors vectors) {
     using Pixel = typename View::Pixel;
     const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
     const Tensor<T> out{static_cast<T*>(tensors.out), p.batch, p.channels, out_rows, out_columns};
-    const Tasks<G> tasks(p, out_rows);
+    const Tasks<G> tasks(p, out_rows, vectors);
     parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
         // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i)
-            fill(groups[i], p, table, tensors.bias, i * Vec::width, Weights::whole, false, false);
+            fill(groups[i], p, table, tensors.bias, Channels(p, View::arrangement, vectors.first + i), Weights::whole,
+                 false, false);
         alignas(64) typename Strip<G, Pixel>::Ring ring;
         View reading, writing;
         for (std::int64_t i = first; i < last; ++i) {
@@ -193,22 +200,23 @@ struct Gradients {
 };
 
 template <class G, class T, class View>
-static void backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads,
+                Vectors vectors) {
     using Pixel = typename View::Pixel;
     const int rows = static_cast<int>(p.height), columns = static_cast<int>(p.width);
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, rows, columns};
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
     const Tensor<const T> dy{static_cast<const T*>(tensors.dy), p.batch, p.channels, static_cast<int>(p.out_height()),
                              static_cast<int>(p.out_width())};
-    const Tasks<G> tasks(p, rows);
+    const Tasks<G> tasks(p, rows, vectors);
     const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
     parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i) {
-            fill(groups[i], p, table, nullptr, i * Vec::width, tensors.d_scale ? Weights::key : Weights::whole, true,
-                 tensors.d_shift != nullptr);
+            fill(groups[i], p, table, nullptr, Channels(p, View::arrangement, vectors.first + i),
+                 tensors.d_scale ? Weights::key : Weights::whole, true, tensors.d_shift != nullptr);
             if (!convolves) groups[i].clear();
         }
         alignas(64) typename Strip<G, Pixel>::Ring ring;
@@ -252,32 +260,32 @@ static void backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const
             to.bias[lane] += from.bias[lane];
         }
     }
-    for (std::int64_t c = 0; c < p.channels; ++c) {
-        const Sums& from = sums[c / Vec::width];
-        if (tensors.d_scale) tensors.d_scale[c] = static_cast<float>(from.scale[c % Vec::width]);
-        if (tensors.d_shift) tensors.d_shift[c] = static_cast<float>(from.shift[c % Vec::width]);
-        if (tensors.d_bias) tensors.d_bias[c] = static_cast<float>(from.bias[c % Vec::width]);
+    for (int i = 0; i < tasks.groups; ++i) {
+        const Channels channels(p, View::arrangement, vectors.first + i);
+        for (int lane = 0; lane < channels.lanes.count; ++lane) {
+            const std::int32_t c = channels.each[lane];
+            if (tensors.d_scale) tensors.d_scale[c] = static_cast<float>(sums[i].scale[lane]);
+            if (tensors.d_shift) tensors.d_shift[c] = static_cast<float>(sums[i].shift[lane]);
+            if (tensors.d_bias) tensors.d_bias[c] = static_cast<float>(sums[i].bias[lane]);
+        }
     }
-}
-
-template <class G, class T, class View>
-static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
-    forward<G, T, View>(p, tensors, table, threads);
-}
-template <class G, class T, class View>
-static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
-    backward<G, T, View>(p, tensors, table, threads);
 }
 
 // bfloat16 is only taken in place for 7 x 7 keys: every type and size of its own is one more large piece of code.
 template <class G, class Tensors>
 static void run_geometry(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
     const bool half = p.dtype == DType::bfloat16;
-    if (!p.channels_last && half) return run<G, BFloat16, Tile<BFloat16, false>>(p, tensors, table, threads);
-    if (!p.channels_last) return run<G, float, Tile<float, false>>(p, tensors, table, threads);
-    if (!half) return run<G, float, InPlace<float>>(p, tensors, table, threads);
+    const Vectors all{0, (p.channels + Vec::width - 1) / Vec::width};
+    if (!p.channels_last && half) return run<G, BFloat16, Tile<BFloat16, false>>(p, tensors, table, threads, all);
+    if (!p.channels_last) return run<G, float, Tile<float, false>>(p, tensors, table, threads, all);
+    if (!half) return run<G, float, InPlace<float>>(p, tensors, table, threads, all);
+    Vectors rest = all;
+    if constexpr (G::k == 7 && alternates) {
+        rest.first = p.channels / (2 * Vec::width) * 2;
+        if (rest.first > 0) run<G, BFloat16, InPlace<BFloat16, Alternate>>(p, tensors, table, threads, {0, rest.first});
+    }
     using View = std::conditional_t<G::k == 7, InPlace<BFloat16>, Tile<BFloat16, true>>;
-    run<G, BFloat16, View>(p, tensors, table, threads);
+    if (rest.first < rest.end) run<G, BFloat16, View>(p, tensors, table, threads, rest);
 }
 
 template <template <int> class Geometry, class Tensors>

@@ -7,6 +7,7 @@
 
 #include "../common/lanes.hpp"
 #include "../common/transpose.hpp"
+#include "key_conv2d.hpp"
 
 namespace mkf::MKF_ISA {
 
@@ -17,12 +18,37 @@ struct Tensor {
     int rows, columns;
 };
 
-// The channels of one vector. Channels-last they follow each other in memory from the first on; channels-first each lane
-// has its own.
+// Which channels of the tensors are the lanes of a vector.
+enum class Arrangement {
+    ordered,    // as they stand in `KeyConv2d::order`; channels-first, where each lane has a plane of its own
+    following,  // neighbours in memory
+    alternate,  // of two vectors that follow each other the first takes every second channel, the second the others
+};
+
 struct Channels {
     Lanes lanes{Vec::width};
-    std::int64_t first = 0;
-    const std::int32_t* each = nullptr;
+    std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
+
+    Channels() = default;
+    // For the `vector`-th of a tensor.
+    Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) {
+        const std::int64_t first = vector * Vec::width;
+        const bool second = arrangement == Arrangement::alternate && vector % 2 == 1;
+        lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)), second);
+        for (int i = 0; i < Vec::width; ++i) {
+            const std::int64_t at = first + std::min(i, lanes.count - 1);
+            if (arrangement == Arrangement::ordered) each[i] = p.order[at];
+            else if (arrangement == Arrangement::following) each[i] = static_cast<std::int32_t>(at);
+            else each[i] = static_cast<std::int32_t>(second ? first - Vec::width + 2 * i + 1 : first + 2 * i);
+        }
+    }
+
+    // One number of each, out of those of all channels.
+    Vec pick(const float* of_channel) const {
+        float values[Vec::width];
+        for (int i = 0; i < Vec::width; ++i) values[i] = of_channel[each[i]];
+        return load(values);
+    }
 };
 
 template <class T>
@@ -37,22 +63,24 @@ struct Plane {
 };
 
 // The rows that a task reads or writes, as a plane, with one object for each tensor and thread: here the tensor itself.
-template <class T>
+template <class T, class P = T>
 struct InPlace {
-    using Pixel = T;
+    using Pixel = P;
+    static constexpr Arrangement arrangement =
+        std::is_same_v<T, P> ? Arrangement::following : Arrangement::alternate;
 
-    Plane<const T> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int, int) {
-        return plane(from, image, channels);
+    Plane<const P> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int, int) {
+        return plane<const P>(from, image, channels);
     }
-    Plane<T> write(const Tensor<T>& to, std::int64_t image, const Channels& channels, int, int) {
-        return plane(to, image, channels);
+    Plane<P> write(const Tensor<T>& to, std::int64_t image, const Channels& channels, int, int) {
+        return plane<P>(to, image, channels);
     }
     void written() {}
 
 private:
-    template <class U>
-    static Plane<U> plane(const Tensor<U>& t, std::int64_t image, const Channels& channels) {
-        return {t.data + image * t.rows * t.columns * t.channels + channels.first,
+    template <class Q, class U>
+    static Plane<Q> plane(const Tensor<U>& t, std::int64_t image, const Channels& channels) {
+        return {reinterpret_cast<Q*>(t.data + image * t.rows * t.columns * t.channels + channels.each[0]),
                 static_cast<std::ptrdiff_t>(t.columns * t.channels), static_cast<std::ptrdiff_t>(t.channels), t.rows,
                 t.columns};
     }
@@ -63,19 +91,19 @@ template <class T, bool ChannelsLast>
 class Tile {
 public:
     using Pixel = float;
+    static constexpr Arrangement arrangement = ChannelsLast ? Arrangement::following : Arrangement::ordered;
 
     // Rows [first, end) are there, as far as they are inside of the image.
     Plane<const float> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int first,
                             int end) {
         const Plane<float> tile = open(from, first, end);
         if constexpr (ChannelsLast) {
-            const T* pixel = from.data + first_pixel(from, image) * from.channels + channels.first;
+            const T* pixel = from.data + first_pixel(from, image) * from.channels + channels.each[0];
             for (std::int64_t p = 0; p < pixels; ++p)
                 mkf::MKF_ISA::store(values.get() + p * Vec::width, load(pixel + p * from.channels, channels.lanes));
         } else {
             const T* lanes[Vec::width];
-            for (int i = 0; i < Vec::width; ++i)  // lanes beyond the last channel repeat it: nothing looks at them
-                lanes[i] = plane(from, image, channels.each[std::min(i, channels.lanes.count - 1)]);
+            for (int i = 0; i < Vec::width; ++i) lanes[i] = plane(from, image, channels.each[i]);
             for_squares([&](std::int64_t p, const Lanes& now) MKF_ALWAYS_INLINE {
                 Vec square[Vec::width];
                 unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE { square[i] = load(lanes[i] + p, now); });
@@ -98,7 +126,7 @@ public:
     }
     void written() {
         if constexpr (ChannelsLast) {
-            T* pixel = target.data + first_pixel(target, target_image) * target.channels + target_channels.first;
+            T* pixel = target.data + first_pixel(target, target_image) * target.channels + target_channels.each[0];
             for (std::int64_t p = 0; p < pixels; ++p)
                 store(pixel + p * target.channels, load(values.get() + p * Vec::width), target_channels.lanes);
         } else {

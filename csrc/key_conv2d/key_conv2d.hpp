@@ -27,7 +27,7 @@ struct KeyConv2d {
 
     const std::int32_t* index;      // (channels,)
     const float *scale, *shift;     // (channels,)
-    const std::int32_t* order;      // (channels,): which channel of the tensors stands here, where they are channels-first
+    const std::int32_t* order;      // (channels,): all channels, in the order in which vectors take them; channels-first only
 
     std::int64_t out_height() const { return (height - 1) / stride + 1; }
     std::int64_t out_width() const { return (width - 1) / stride + 1; }

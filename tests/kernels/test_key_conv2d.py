@@ -176,6 +176,20 @@ def test_bfloat16(backend, kind, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_is_rounded_once_and_ties_go_to_even(backend, layout):
+    if rounds_filters(backend, torch.bfloat16):
+        pytest.skip("it rounds the filters too")
+    identity = torch.zeros(1, 7, 7)
+    identity[0, 3, 3] = 1
+    problem = Problem((2, 75, 8, 9), identity, dtype=torch.bfloat16, layout=layout, shifted=False)
+    problem.bias.zero_()
+    problem.scale[:] = torch.where(torch.arange(75) % 3 > 0, 1 + 2.0**-8, 3.0)  # most products lie between two values
+    problem.x[0, 0, 0, 0] = 3.38e38  # and this one beyond them
+    expected = problem.x.float() * problem.scale[:, None, None]
+    assert torch.equal(problem.forward(backend), expected.bfloat16())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keys", [key_sets.paper8(), key_sets.analytic("A"), key_sets.analytic("D2")], ids=str)
 @pytest.mark.parametrize("blocks", [0, 16])
 def test_key_sets(backend, keys, blocks, layout):
@@ -219,9 +233,10 @@ def test_any_problem(shape, k, stride, dtype, layout, kind, shifted, seed):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["direct", "mixed", "symmetric"])
+@pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_in_its_window(backend, value, kind, layout):
-    problem = Problem((1, 20, 23, 24), some_keys(kind, 7), layout=layout)
+def test_what_is_not_finite_stays_in_its_window(backend, value, dtype, kind, layout):
+    problem = Problem((1, 40, 23, 24), some_keys(kind, 7), dtype=dtype, layout=layout)
     clean, clean_dx = problem.forward(backend), problem.backward(backend)["dx"]
     problem.x[0, 5, 11, 9] = problem.dy[0, 5, 11, 9] = value
     window = torch.zeros(problem.x.shape, dtype=torch.bool)
