@@ -38,7 +38,10 @@ class Strip {
 
 public:
     using Block = Vec[most_planes][G::run][G::block];  // a plane for each term and one for the sums of the windows
-    using Ring = Block[3];
+    // The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two
+    // blocks hold both where these do not overlap.
+    static constexpr int after = G::inputs - G::before - G::block, blocks_kept = G::before + after <= G::block ? 2 : 3;
+    using Ring = Block[blocks_kept];
 
     Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring& ring)
         : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring) {}
@@ -51,10 +54,10 @@ public:
     MKF_NEVER_INLINE void run(Finish& finish, Ahead& ahead) {
         const int blocks = (columns + G::run - 1) / G::run;
         for (int b = 0; b < blocks; ++b) {
-            downwards(b, finish, ahead);
-            if (b > 0) sideways(b - 1, finish);
+            downwards(b, b == 0 ? 0 : after, G::block, finish, ahead);
+            downwards(b + 1, 0, after, finish, ahead);
+            sideways(b, finish);
         }
-        sideways(blocks - 1, finish);
     }
 
 private:
@@ -70,9 +73,10 @@ private:
     }
 
     template <class Finish>
-    void downwards(int block, Finish& finish, Ahead& ahead) {
-        const int first = block * G::block, last = std::min(first + G::block, in.columns);
-        if (first < last) ahead.step(last - first);
+    void downwards(int block, int begin, int end, Finish& finish, Ahead& ahead) {
+        const int first = block * G::block + begin, last = std::min(block * G::block + end, in.columns);
+        if (first >= last) return;
+        ahead.step(last - first);
         const bool has_box = group.has_box;  // known to be the same after every store, as is the next
         const int terms = group.terms;
         if (!has_box && terms == 0 && !finish.wants_columns()) return;
@@ -81,7 +85,7 @@ private:
         const Lanes lanes = group.channels.lanes;
         const std::ptrdiff_t row_stride = in.row_stride, column_stride = in.column_stride;
         const T* column = in.at(first_input, first);
-        Vec* to = ring[block % 3][0][0];
+        Vec* to = ring[block % blocks_kept][0][0] + begin;
         for (int c = first; c < last; ++c, ++to, column += column_stride) {
             const Strided<const T> input{column, row_stride, lanes};
             const auto keep = [&](int plane, const Vec(&from)[G::run]) MKF_ALWAYS_INLINE {
@@ -118,7 +122,8 @@ private:
     template <class Finish>
     void sideways(int block, Finish& finish) {
         const int first = block * G::run, count = std::min(G::run, columns - first);
-        const Around around{ring[(block + 2) % 3], ring[block % 3], ring[(block + 1) % 3]};
+        const Around around{ring[(block + blocks_kept - 1) % blocks_kept], ring[block % blocks_kept],
+                            ring[(block + 1) % blocks_kept]};
         if (group.direct) {
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1)
