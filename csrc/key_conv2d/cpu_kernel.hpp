@@ -14,38 +14,54 @@ struct Vectors {
 struct Task {
     std::int64_t image;
     int strip, group;
+    int beside;  // how many tasks further the same vector goes on
 };
 
-// How the work is cut. The cut does not depend on the number of threads, and so no result does.
-template <class G>
+// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result does.
+//
+// Channels-last, vectors that lie in the same two lines of memory go down an image together: what neighbouring strips share,
+// and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took turns on a strip.
+// Where there are fewer images than threads, each thread takes a band of strips, as some vectors cost more than others.
+template <class G, class View>
 struct Tasks {
-    int groups, strips;
-    bool groups_inside;  // neighbours in memory are neighbours in time
+    int groups, strips, together, band;
     std::int64_t count;
 
-    Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors)
+    Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
-          groups_inside(p.channels_last),
-          count(p.batch * strips * groups) {}
-
-    Task operator[](std::int64_t i) const {
-        const int inner = groups_inside ? groups : strips;
-        const int in = static_cast<int>(i % inner), out = static_cast<int>(i / inner % (strips * groups / inner));
-        const std::int64_t image = i / (strips * groups);
-        return groups_inside ? Task{image, out, in} : Task{image, in, out};
+          together(p.channels_last ? 128 / (Vec::width * (p.dtype == DType::float32 ? 4 : 2)) : 1),
+          count(p.batch * strips * groups) {
+        const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
+        band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
     }
 
-    // The share of one task in what the next strip wants of a channels-last tensor, of which a strip has `rows`, to be
-    // fetched in `steps`. `offset` rows of the next strip were fetched before.
+    Task operator[](std::int64_t i) const {
+        const std::int64_t image = i / (strips * groups);
+        const int in_image = static_cast<int>(i % (strips * groups));
+        const int first_strip = in_image / (band * groups) * band, in_band = in_image - first_strip * groups;
+        const int strips_here = std::min(band, strips - first_strip);
+        const int first_group = in_band / (strips_here * together) * together;
+        const int beside = std::min(together, groups - first_group), rest = in_band - first_group * strips_here;
+        return {image, first_strip + rest / beside, first_group + rest % beside, beside};
+    }
+
+    // Adds what `next` wants of a channels-last tensor and `task` has not had, to be fetched in `steps`: a strip starts `rows`
+    // below the one above it and reaches `around` further on both sides.
     template <class T>
-    Ahead::Stream ahead(const Tensor<T>& t, Task task, int rows, int offset, int steps) const {
-        const std::int64_t line = t.columns * t.channels * static_cast<std::int64_t>(sizeof(T));
-        const std::int64_t lines = (rows * line / groups / steps + 63) / 64, size = lines * 64 * steps;
-        const std::int64_t next = (task.image * t.rows + (task.strip + 1) * rows + offset) * line + task.group * size;
-        const std::int64_t room = t.images * t.rows * line - size;
-        if (t.data == nullptr || room < 0) return {};
-        return {reinterpret_cast<const char*>(t.data) + std::min(next, room), static_cast<int>(lines)};
+    static void fetch(Ahead& ahead, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
+                      int rows, int around, int steps) {
+        const int first = std::max(0, next.strip * rows + (next.strip == task.strip + 1 ? around : -around));
+        const int end = std::min((next.strip + 1) * rows + around, t.rows);
+        if (t.data == nullptr || first >= end) return;
+        const std::int64_t pixel = (next.image * t.rows + first) * t.columns;
+        const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
+        ahead.add(reinterpret_cast<const char*>(t.data + pixel * t.channels + channels.each[0]), end - first, row, steps);
+    }
+
+    // Two vectors that share their lines share the fetching, too: one fetches what is read, the other what goes with it.
+    static bool fetches(const Task& task, bool what_is_read) {
+        return View::arrangement != Arrangement::alternate || (task.group % 2 == 0) == what_is_read;
     }
 };
 
@@ -84,7 +100,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
     const Tensor<T> out{static_cast<T*>(tensors.out), p.batch, p.channels, out_rows, out_columns};
-    const Tasks<G> tasks(p, out_rows, vectors);
+    const Tasks<G, View> tasks(p, out_rows, vectors, threads);
     parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
         // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
@@ -101,9 +117,11 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             const auto in = reading.read(x, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
             Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows), group.channels.lanes};
             Ahead ahead;
-            if (p.channels_last && i + tasks.groups < last) {
-                ahead.streams[0] = tasks.ahead(x, task, G::block, G::before, x.columns);
-                ahead.streams[1] = tasks.ahead(out, task, G::run, 0, x.columns);
+            if (p.channels_last && i + task.beside < last) {
+                const Task next = tasks[i + task.beside];
+                const Channels& channels = groups[next.group].channels;
+                if (tasks.fetches(task, true)) tasks.fetch(ahead, x, task, next, channels, G::block, G::before, x.columns);
+                if (tasks.fetches(task, false)) tasks.fetch(ahead, out, task, next, channels, G::run, 0, x.columns);
             }
             S(in, group, row, rows, out_columns, ring).run(finish, ahead);
             writing.written();
@@ -208,7 +226,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
     const Tensor<const T> dy{static_cast<const T*>(tensors.dy), p.batch, p.channels, static_cast<int>(p.out_height()),
                              static_cast<int>(p.out_width())};
-    const Tasks<G> tasks(p, rows, vectors);
+    const Tasks<G, View> tasks(p, rows, vectors, threads);
     const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
@@ -232,10 +250,14 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (needs_x) finish.x = reading_x.read(x, task.image, group.channels, row, end);
             if (tensors.dx) finish.dx = writing.write(dx, task.image, group.channels, row, end);
             Ahead ahead;
-            if (p.channels_last && i + tasks.groups < last) {
-                ahead.streams[0] = tasks.ahead(dy, task, G::block, G::before, dy.columns);
-                if (needs_x) ahead.streams[1] = tasks.ahead(x, task, G::run, 0, dy.columns);
-                if (tensors.dx) ahead.streams[2] = tasks.ahead(dx, task, G::run, 0, dy.columns);
+            if (p.channels_last && i + task.beside < last) {
+                const Task next = tasks[i + task.beside];
+                const Channels& channels = groups[next.group].channels;
+                if (tasks.fetches(task, true)) tasks.fetch(ahead, dy, task, next, channels, G::block, G::before, dy.columns);
+                if (tasks.fetches(task, false)) {
+                    if (needs_x) tasks.fetch(ahead, x, task, next, channels, G::run, 0, dy.columns);
+                    tasks.fetch(ahead, dx, task, next, channels, G::run, 0, dy.columns);
+                }
             }
             S(in, group, row, end - row, columns, ring).run(finish, ahead);
             if (tensors.dx) writing.written();

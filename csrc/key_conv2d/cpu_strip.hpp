@@ -7,22 +7,36 @@
 
 namespace mkf::MKF_ISA {
 
-// Memory that the next tasks will want, fetched a few lines at a time: what a task touches itself is too scattered for the
+// Memory that the next strip of the same channels will want, fetched a few lines at a time: it is too scattered for the
 // processor to foresee.
-struct Ahead {
-    struct Stream {
-        const char* at = nullptr;
-        int lines = 0;  // for each column of the input
-    };
-    Stream streams[3];
+class Ahead {
+public:
+    // Rows of `columns` that are `row_stride` bytes apart, each to be fetched in `steps`.
+    void add(const char* first, int rows, std::ptrdiff_t row_stride, int steps) {
+        // The last row of 8 is not worth a stream of its own.
+        for (int row = 0; row == 0 || row + 1 < rows; row += Stream::rows)
+            streams[count++] = {first + row * row_stride, row_stride, row_stride / steps};
+    }
 
-    void step(int columns) {
-        for (Stream& s : streams) {
-            const char* const end = s.at + columns * s.lines * 64;
-            for (const char* line = s.at; line < end; line += 64) prefetch(line);
-            s.at = end;
+    void step() {
+        for (int i = 0; i < count; ++i) {
+            const char* line = streams[i].at;
+            unroll<Stream::rows>([&](auto) MKF_ALWAYS_INLINE {  // a loop this short costs more than what it does
+                prefetch(line);
+                line += streams[i].row_stride;
+            });
+            streams[i].at += streams[i].column_stride;
         }
     }
+
+private:
+    struct Stream {
+        static constexpr int rows = 7;
+        const char* at;
+        std::ptrdiff_t row_stride, column_stride;
+    };
+    Stream streams[8];
+    int count = 0;
 };
 
 // A run of outputs of one row.
@@ -56,7 +70,7 @@ public:
         for (int b = 0; b < blocks; ++b) {
             downwards(b, b == 0 ? 0 : after, G::block, finish, ahead);
             downwards(b + 1, 0, after, finish, ahead);
-            sideways(b, finish);
+            sideways(b, finish, ahead);
         }
     }
 
@@ -73,13 +87,16 @@ private:
     }
 
     template <class Finish>
+    bool looks_downwards(const Finish& finish) const {
+        return group.has_box || group.terms > 0 || finish.wants_columns();
+    }
+
+    template <class Finish>
     void downwards(int block, int begin, int end, Finish& finish, Ahead& ahead) {
         const int first = block * G::block + begin, last = std::min(block * G::block + end, in.columns);
-        if (first >= last) return;
-        ahead.step(last - first);
+        if (!looks_downwards(finish)) return;
         const bool has_box = group.has_box;  // known to be the same after every store, as is the next
         const int terms = group.terms;
-        if (!has_box && terms == 0 && !finish.wants_columns()) return;
         const int first_input = first_input_row(first_row);
         const Inside inside(first_input, in.rows);
         const Lanes lanes = group.channels.lanes;
@@ -92,6 +109,7 @@ private:
                 Vec* const at = to + plane * (G::run * G::block);
                 unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { at[j * G::block] = from[j]; });
             };
+            ahead.step();
             finish.column(input, inside);
             Vec sums[G::run], windows[G::run];
             if (has_box && terms > 0) {  // one look at the inputs for both
@@ -120,15 +138,26 @@ private:
     };
 
     template <class Finish>
-    void sideways(int block, Finish& finish) {
+    void sideways(int block, Finish& finish, Ahead& ahead) {
         const int first = block * G::run, count = std::min(G::run, columns - first);
         const Around around{ring[(block + blocks_kept - 1) % blocks_kept], ring[block % blocks_kept],
                             ring[(block + 1) % blocks_kept]};
         if (group.direct) {
+            const int steps = looks_downwards(finish) ? 0 : (G::block + G::run - 1) / G::run;  // for each row
+            const auto fetch = [&](int rows) {
+                for (int i = 0; i < rows * steps; ++i) ahead.step();
+            };
             int r = 0;
-            if constexpr (G::down == 1 && G::up == 1)
-                for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count);
-            for (; r < rows; ++r) all_taps(r, block, around, finish, first, count);
+            if constexpr (G::down == 1 && G::up == 1) {
+                for (; r + 1 < rows; r += 2) {
+                    fetch(2);
+                    all_taps_of_two(r, block, around, finish, first, count);
+                }
+            }
+            for (; r < rows; ++r) {
+                fetch(1);
+                all_taps(r, block, around, finish, first, count);
+            }
         } else {
             const Inside inside(first_input_column(block), in.columns);
             for (int r = 0; r < rows; ++r) {
