@@ -19,9 +19,10 @@ struct Task {
 
 // How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result does.
 //
-// Channels-last, vectors that lie in the same two lines of memory go down an image together: what neighbouring strips share,
-// and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took turns on a strip.
-// Where there are fewer images than threads, each thread takes a band of strips, as some vectors cost more than others.
+// Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what neighbouring
+// strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took
+// turns on a strip, as they do in bfloat16, where there is half as much of it. Where there are fewer images than threads, each
+// thread takes a band of strips, as some vectors cost more than others.
 template <class G, class View>
 struct Tasks {
     int groups, strips, together, band;
@@ -30,7 +31,7 @@ struct Tasks {
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
-          together(p.channels_last ? 128 / (Vec::width * (p.dtype == DType::float32 ? 4 : 2)) : 1),
+          together(!p.channels_last ? 1 : p.dtype == DType::float32 ? 32 / Vec::width : groups),
           count(p.batch * strips * groups) {
         const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
