@@ -23,7 +23,7 @@ struct Task {
 // strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took
 // turns on a strip, as they do in bfloat16, where there is half as much of it. Where there are fewer images than threads, each
 // thread takes a band of strips, as some vectors cost more than others.
-template <class G, class View>
+template <class G>
 struct Tasks {
     int groups, strips, together, band;
     std::int64_t count;
@@ -48,21 +48,20 @@ struct Tasks {
     }
 
     // Adds what `next` wants of a channels-last tensor and `task` has not had, to be fetched in `steps`: a strip starts `rows`
-    // below the one above it and reaches `around` further on both sides.
+    // below the one above it and reaches `around` further on both sides. Where vectors share their lines, one of them fetches
+    // the first tensor, one the second and so on, and where all channels take turns, line after line.
     template <class T>
-    static void fetch(Ahead& ahead, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
-                      int rows, int around, int steps) {
+    void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
+               int rows, int around, int steps) const {
+        constexpr int line = 64, sharing = std::max(1, line / static_cast<int>(Vec::width * sizeof(T)));
         const int first = std::max(0, next.strip * rows + (next.strip == task.strip + 1 ? around : -around));
-        const int end = std::min((next.strip + 1) * rows + around, t.rows);
-        if (t.data == nullptr || first >= end) return;
-        const std::int64_t pixel = (next.image * t.rows + first) * t.columns;
+        const int end = std::min((next.strip + 1) * rows + around, t.rows), wanted = end - first;
+        if (t.data == nullptr || wanted <= 0 || (sharing > 1 && task.group % sharing != tensor % sharing)) return;
+        const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels + channels.each[0];
         const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
-        ahead.add(reinterpret_cast<const char*>(t.data + pixel * t.channels + channels.each[0]), end - first, row, steps);
-    }
-
-    // Two vectors that share their lines share the fetching, too: one fetches what is read, the other what goes with it.
-    static bool fetches(const Task& task, bool what_is_read) {
-        return View::arrangement != Arrangement::alternate || (task.group % 2 == 0) == what_is_read;
+        if (together < groups) return ahead.add(reinterpret_cast<const char*>(from), wanted, row, row / steps);
+        const std::ptrdiff_t share = task.group / sharing * steps * wanted * line;
+        ahead.add(reinterpret_cast<const char*>(from - channels.each[0]) + share, wanted, line, wanted * line);
     }
 };
 
@@ -101,7 +100,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
     const Tensor<T> out{static_cast<T*>(tensors.out), p.batch, p.channels, out_rows, out_columns};
-    const Tasks<G, View> tasks(p, out_rows, vectors, threads);
+    const Tasks<G> tasks(p, out_rows, vectors, threads);
     parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
         // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
@@ -121,8 +120,8 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                if (tasks.fetches(task, true)) tasks.fetch(ahead, x, task, next, channels, G::block, G::before, x.columns);
-                if (tasks.fetches(task, false)) tasks.fetch(ahead, out, task, next, channels, G::run, 0, x.columns);
+                tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, x.columns);
+                tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, x.columns);
             }
             S(in, group, row, rows, out_columns, ring).run(finish, ahead);
             writing.written();
@@ -227,7 +226,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
     const Tensor<const T> dy{static_cast<const T*>(tensors.dy), p.batch, p.channels, static_cast<int>(p.out_height()),
                              static_cast<int>(p.out_width())};
-    const Tasks<G, View> tasks(p, rows, vectors, threads);
+    const Tasks<G> tasks(p, rows, vectors, threads);
     const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
@@ -254,11 +253,9 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                if (tasks.fetches(task, true)) tasks.fetch(ahead, dy, task, next, channels, G::block, G::before, dy.columns);
-                if (tasks.fetches(task, false)) {
-                    if (needs_x) tasks.fetch(ahead, x, task, next, channels, G::run, 0, dy.columns);
-                    tasks.fetch(ahead, dx, task, next, channels, G::run, 0, dy.columns);
-                }
+                tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, dy.columns);
+                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, dy.columns);
+                tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, dy.columns);
             }
             S(in, group, row, end - row, columns, ring).run(finish, ahead);
             if (tensors.dx) writing.written();

@@ -11,29 +11,30 @@ namespace mkf::MKF_ISA {
 // processor to foresee.
 class Ahead {
 public:
-    // Rows of `columns` that are `row_stride` bytes apart, each to be fetched in `steps`.
-    void add(const char* first, int rows, std::ptrdiff_t row_stride, int steps) {
-        // The last row of 8 is not worth a stream of its own.
-        for (int row = 0; row == 0 || row + 1 < rows; row += Stream::rows)
-            streams[count++] = {first + row * row_stride, row_stride, row_stride / steps};
+    // So many lines at each step, `apart` bytes from each other and `step` bytes from those of the step before.
+    void add(const char* first, int lines, std::ptrdiff_t apart, std::ptrdiff_t step) {
+        // The last of 8 is not worth a stream of its own.
+        for (int line = 0; line == 0 || line + 1 < lines; line += Stream::lines)
+            streams[count++] = {first + line * apart, apart, step};
     }
 
     void step() {
         for (int i = 0; i < count; ++i) {
-            const char* line = streams[i].at;
-            unroll<Stream::rows>([&](auto) MKF_ALWAYS_INLINE {  // a loop this short costs more than what it does
+            Stream& s = streams[i];
+            const char* line = s.at;
+            unroll<Stream::lines>([&](auto) MKF_ALWAYS_INLINE {  // a loop this short costs more than what it does
                 prefetch(line);
-                line += streams[i].row_stride;
+                line += s.apart;
             });
-            streams[i].at += streams[i].column_stride;
+            s.at += s.step;
         }
     }
 
 private:
     struct Stream {
-        static constexpr int rows = 7;
+        static constexpr int lines = 7;
         const char* at;
-        std::ptrdiff_t row_stride, column_stride;
+        std::ptrdiff_t apart, step;
     };
     Stream streams[8];
     int count = 0;
