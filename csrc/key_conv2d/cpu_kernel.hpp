@@ -26,12 +26,14 @@ struct Task {
 template <class G>
 struct Tasks {
     int groups, strips, together, band;
+    bool all_at_once;  // all channels take turns on a strip
     std::int64_t count;
 
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
           together(!p.channels_last ? 1 : p.dtype == DType::float32 ? 32 / Vec::width : groups),
+          all_at_once(vectors.first == 0 && together >= groups),
           count(p.batch * strips * groups) {
         const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
@@ -48,20 +50,23 @@ struct Tasks {
     }
 
     // Adds what `next` wants of a channels-last tensor and `task` has not had, to be fetched in `steps`: a strip starts `rows`
-    // below the one above it and reaches `around` further on both sides. Where vectors share their lines, one of them fetches
-    // the first tensor, one the second and so on, and where all channels take turns, line after line.
+    // below the one above it and reaches `around` further on both sides. Where all channels take turns it is fetched line after
+    // line, and of the vectors that share a line one fetches the first tensor, one the second and so on.
     template <class T>
     void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
                int rows, int around, int steps) const {
         constexpr int line = 64, sharing = std::max(1, line / static_cast<int>(Vec::width * sizeof(T)));
         const int first = std::max(0, next.strip * rows + (next.strip == task.strip + 1 ? around : -around));
         const int end = std::min((next.strip + 1) * rows + around, t.rows), wanted = end - first;
-        if (t.data == nullptr || wanted <= 0 || (sharing > 1 && task.group % sharing != tensor % sharing)) return;
-        const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels + channels.each[0];
-        const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
-        if (together < groups) return ahead.add(reinterpret_cast<const char*>(from), wanted, row, row / steps);
-        const std::ptrdiff_t share = task.group / sharing * steps * wanted * line;
-        ahead.add(reinterpret_cast<const char*>(from - channels.each[0]) + share, wanted, line, wanted * line);
+        if (t.data == nullptr || wanted <= 0) return;
+        const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels;
+        if (!all_at_once) {
+            const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
+            ahead.add(reinterpret_cast<const char*>(from + channels.each[0]), wanted, row, row / steps);
+        } else if (task.group % sharing == tensor % sharing) {
+            const std::ptrdiff_t share = static_cast<std::ptrdiff_t>(wanted) * steps * line;
+            ahead.add(reinterpret_cast<const char*>(from) + task.group / sharing * share, wanted, line, wanted * line);
+        }
     }
 };
 
