@@ -16,6 +16,7 @@ struct Geometry {
     static constexpr int block = run * Down / Up;    // how many inputs further the next run starts
     static constexpr int before = pad / Up;          // inputs that a run needs from before its block
     static constexpr int inputs = ((run - 1) * Down + K - 1 - pad % Up) / Up + 1;  // that reach a run
+    static constexpr int after = inputs - before - block;  // inputs that a run needs from beyond its block
     static_assert((Down == 1 || Up == 1) && before <= block && inputs - before <= 2 * block);
 
     // The tap by which input i of a run (from `before` on) reaches output j; outside of [0, k) it does not.

@@ -17,12 +17,13 @@ struct Task {
     int beside;  // how many tasks further the same vector goes on
 };
 
-// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result does.
+// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result does;
+// the order may.
 //
 // Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what neighbouring
 // strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took
-// turns on a strip, as they do in bfloat16, where there is half as much of it. Where there are fewer images than threads, each
-// thread takes a band of strips, as some vectors cost more than others.
+// turns on a strip, as they do in bfloat16, where there is half as much of it. Where there are fewer images than threads, bands
+// of strips are as many as threads: shares of an image that were whole vectors would cost more for some keys than for others.
 template <class G>
 struct Tasks {
     int groups, strips, together, band;
@@ -33,7 +34,7 @@ struct Tasks {
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
           together(!p.channels_last ? 1 : p.dtype == DType::float32 ? 32 / Vec::width : groups),
-          all_at_once(vectors.first == 0 && together >= groups),
+          all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
           count(p.batch * strips * groups) {
         const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
@@ -49,23 +50,26 @@ struct Tasks {
         return {image, first_strip + rest / beside, first_group + rest % beside, beside};
     }
 
-    // Adds what `next` wants of a channels-last tensor and `task` has not had, to be fetched in `steps`: a strip starts `rows`
-    // below the one above it and reaches `around` further on both sides. Where all channels take turns it is fetched line after
-    // line, and of the vectors that share a line one fetches the first tensor, one the second and so on.
+    // Adds what `next`, a task further on, wants of a channels-last tensor and `task` has not had, to be fetched in `steps`. A
+    // strip starts `rows` below the one above it and reaches `before` and `after` further. Where all channels take turns, what
+    // they want is fetched line after line, a share in each task, and of the vectors that share a line one fetches the first
+    // tensor, one the second and so on.
     template <class T>
     void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
-               int rows, int around, int steps) const {
+               int rows, int before, int after, int steps) const {
         constexpr int line = 64, sharing = std::max(1, line / static_cast<int>(Vec::width * sizeof(T)));
-        const int first = std::max(0, next.strip * rows + (next.strip == task.strip + 1 ? around : -around));
-        const int end = std::min((next.strip + 1) * rows + around, t.rows), wanted = end - first;
+        const bool goes_on = next.group == task.group && next.strip == task.strip + 1;
+        const int first = std::max(0, next.strip * rows + (goes_on ? after : -before));
+        const int end = std::min((next.strip + 1) * rows + after, t.rows), wanted = end - first;
         if (t.data == nullptr || wanted <= 0) return;
         const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels;
         if (!all_at_once) {
             const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
             ahead.add(reinterpret_cast<const char*>(from + channels.each[0]), wanted, row, row / steps);
         } else if (task.group % sharing == tensor % sharing) {
-            const std::ptrdiff_t share = static_cast<std::ptrdiff_t>(wanted) * steps * line;
-            ahead.add(reinterpret_cast<const char*>(from) + task.group / sharing * share, wanted, line, wanted * line);
+            const int lines = static_cast<int>(static_cast<std::int64_t>(wanted) * t.columns / steps);
+            const std::ptrdiff_t share = static_cast<std::ptrdiff_t>(lines) * line * steps;
+            ahead.add(reinterpret_cast<const char*>(from) + task.group / sharing * share, lines, line, lines * line);
         }
     }
 };
@@ -125,8 +129,8 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, x.columns);
-                tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, x.columns);
+                tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, G::after, x.columns);
+                tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, 0, x.columns);
             }
             S(in, group, row, rows, out_columns, ring).run(finish, ahead);
             writing.written();
@@ -258,9 +262,9 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, dy.columns);
-                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, dy.columns);
-                tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, dy.columns);
+                tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, G::after, dy.columns);
+                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, 0, dy.columns);
+                tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, 0, dy.columns);
             }
             S(in, group, row, end - row, columns, ring).run(finish, ahead);
             if (tensors.dx) writing.written();

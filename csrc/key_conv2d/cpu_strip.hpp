@@ -7,14 +7,13 @@
 
 namespace mkf::MKF_ISA {
 
-// Memory that the next strip of the same channels will want, fetched a few lines at a time: it is too scattered for the
-// processor to foresee.
+// Memory that a later task will want, fetched a few lines at a time: it is too scattered for the processor to foresee.
 class Ahead {
 public:
-    // So many lines at each step, `apart` bytes from each other and `step` bytes from those of the step before.
+    // So many lines at each step, or a few more, `apart` bytes from each other and `step` bytes from those of the step before.
     void add(const char* first, int lines, std::ptrdiff_t apart, std::ptrdiff_t step) {
-        // The last of 8 is not worth a stream of its own.
-        for (int line = 0; line == 0 || line + 1 < lines; line += Stream::lines)
+        // A single line that is left over is not worth a stream of its own.
+        for (int line = 0; (line == 0 || line + 1 < lines) && count < most; line += Stream::lines)
             streams[count++] = {first + line * apart, apart, step};
     }
 
@@ -36,7 +35,8 @@ private:
         const char* at;
         std::ptrdiff_t apart, step;
     };
-    Stream streams[8];
+    static constexpr int most = 8;
+    Stream streams[most];
     int count = 0;
 };
 
@@ -55,7 +55,7 @@ public:
     using Block = Vec[most_planes][G::run][G::block];  // a plane for each term and one for the sums of the windows
     // The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two
     // blocks hold both where these do not overlap.
-    static constexpr int after = G::inputs - G::before - G::block, blocks_kept = G::before + after <= G::block ? 2 : 3;
+    static constexpr int blocks_kept = G::before + G::after <= G::block ? 2 : 3;
     using Ring = Block[blocks_kept];
 
     Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring& ring)
@@ -69,8 +69,8 @@ public:
     MKF_NEVER_INLINE void run(Finish& finish, Ahead& ahead) {
         const int blocks = (columns + G::run - 1) / G::run;
         for (int b = 0; b < blocks; ++b) {
-            downwards(b, b == 0 ? 0 : after, G::block, finish, ahead);
-            downwards(b + 1, 0, after, finish, ahead);
+            downwards(b, b == 0 ? 0 : G::after, G::block, finish, ahead);
+            downwards(b + 1, 0, G::after, finish, ahead);
             sideways(b, finish, ahead);
         }
     }
@@ -144,19 +144,19 @@ private:
         const Around around{ring[(block + blocks_kept - 1) % blocks_kept], ring[block % blocks_kept],
                             ring[(block + 1) % blocks_kept]};
         if (group.direct) {
-            const int steps = looks_downwards(finish) ? 0 : (G::block + G::run - 1) / G::run;  // for each row
-            const auto fetch = [&](int rows) {
-                for (int i = 0; i < rows * steps; ++i) ahead.step();
+            const int steps = looks_downwards(finish) ? 0 : G::block;  // else one was made for each column
+            const auto fetch = [&](int r, int rows) {
+                for (int i = r * steps / G::run; i < (r + rows) * steps / G::run; ++i) ahead.step();
             };
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1) {
                 for (; r + 1 < rows; r += 2) {
-                    fetch(2);
+                    fetch(r, 2);
                     all_taps_of_two(r, block, around, finish, first, count);
                 }
             }
             for (; r < rows; ++r) {
-                fetch(1);
+                fetch(r, 1);
                 all_taps(r, block, around, finish, first, count);
             }
         } else {
