@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mkf import keys as key_sets
-from mkf.benchmarks.measure import Result, take_turns
+from mkf.benchmarks.measure import Result, keep_memory, take_turns
 from mkf.benchmarks.peers.key_conv2d import PEERS
 from mkf.kernels import registry
 from mkf.kernels.extension import DTYPES as _DTYPES
@@ -74,7 +74,10 @@ def candidates(
     device: str = "cpu",
     names: Iterable[str] | None = None,
 ) -> dict[str, Callable[[], object]]:
-    """The copy, ours and the peers in both layouts; `names` keeps those whose name starts with one of them."""
+    """The copy, ours and the peers in both layouts; `names` keeps those whose name starts with one of them.
+
+    In other types than float32, ours in float32 takes turns with them.
+    """
     batch, channels, size = shape
     x = torch.randn(batch, channels, size, size).to(device, dtype)
     ours = layer(case, channels).to(device)
@@ -90,6 +93,11 @@ def candidates(
     for name, candidate in layers.items():
         for layout, memory_format in LAYOUTS.items():
             found[f"{name}, {layout}"] = _step(candidate, x.contiguous(memory_format=memory_format), mode)
+    if dtype != torch.float32:
+        in_float32 = layer(case, channels).to(device)
+        for layout, memory_format in LAYOUTS.items():
+            x32 = x.float().contiguous(memory_format=memory_format)
+            found[f"{MKF}, float32, {layout}"] = _step(in_float32, x32, mode)
     if names is not None:
         wanted = tuple(names)
         if not any(name.startswith(wanted) for name in found):
@@ -130,7 +138,12 @@ def run(
     rounds: int = 15,
     names: Iterable[str] | None = None,
 ) -> Result:
-    """Time all candidates on one problem, in turns, relative to the copy of x."""
+    """Time all candidates on one problem, in turns, relative to the copy of x.
+
+    The process keeps its memory: else the system's pages for an output cost more than many a layer, and whom they hit
+    is chance.
+    """
+    keep_memory()
     what = {"operator": "key_conv2d", "shape": list(shape), "case": case, "mode": mode, "dtype": dtype}
     return take_turns(
         candidates(shape, case, mode, DTYPES[dtype], names=names), COPY, what, rounds, seconds_a_turn=0.004

@@ -12,20 +12,13 @@ struct Lanes {
     int count;
 #if defined(__AVX512F__)
     __mmask16 mask;
-    // For `Alternate`: which of two neighbours in memory the lanes are, and what that makes of a store.
-    int second;
-    __mmask32 halves;
-    __m128i shift;
 #elif defined(__AVX2__)
     __m256i mask;
 #endif
 
-    explicit Lanes(int n, bool is_second = false) : count(n < Vec::width ? n : Vec::width) {
+    explicit Lanes(int n) : count(n < Vec::width ? n : Vec::width) {
 #if defined(__AVX512F__)
         mask = static_cast<__mmask16>((1u << count) - 1);
-        second = is_second;
-        halves = 0x55555555u << second;
-        shift = _mm_cvtsi32_si128(second ? 0 : 16);
 #elif defined(__AVX2__)
         mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 #endif
@@ -79,11 +72,21 @@ struct Alternate {
     BFloat16 value;
 };
 constexpr bool alternates = true;
+
+// What storing `Alternate`s needs to know: whether they are the first or the second of their pairs.
+struct Halves {
+    int second;
+    __mmask32 mask;
+    __m128i shift;
+
+    explicit Halves(int second)
+        : second(second), mask(0x55555555u << second), shift(_mm_cvtsi32_si128(second ? 0 : 16)) {}
+};
 inline Vec load(const Alternate* p, const Lanes&) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
 }
-inline void store(Alternate* p, Vec a, const Lanes& lanes) {
-    _mm512_mask_storeu_epi16(p - lanes.second, lanes.halves, _mm512_srl_epi32(rounded(a), lanes.shift));
+inline void store(Alternate* p, Vec a, const Halves& halves) {
+    _mm512_mask_storeu_epi16(p - halves.second, halves.mask, _mm512_srl_epi32(rounded(a), halves.shift));
 }
 
 #elif defined(__AVX2__)
@@ -126,6 +129,7 @@ inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
 
 #if !defined(__AVX512F__)
 struct Alternate;
+struct Halves;
 constexpr bool alternates = false;
 #endif
 

@@ -77,7 +77,7 @@ struct Tasks {
 template <class T>
 struct Store {
     Plane<T> out;
-    Lanes lanes;
+    Stored<T> lanes;
 
     template <class Input>
     void column(const Input&, Inside) {}
@@ -124,7 +124,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             const int row = task.strip * G::run, rows = std::min(G::run, out_rows - row);
             using S = Strip<G, Pixel>;
             const auto in = reading.read(x, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
-            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows), group.channels.lanes};
+            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows), group.channels.template stored<Pixel>()};
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
@@ -209,13 +209,14 @@ struct Gradients {
         }
         if (!dx.pixels) return;
         T* to = dx.at(run.row, run.column);
+        const Stored<T> stored = group.channels.template stored<T>();
         const Vec scale = group.scale, shift = group.shift;
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
             if (j >= run.count) return;
             Vec value = sums[j];
             if (has_scale) value = scale * value;
             if (has_scale && has_box) value = fma(shift, windows[j], value);
-            store(to + j * dx.column_stride, value, lanes);
+            store(to + j * dx.column_stride, value, stored);
         });
     }
 

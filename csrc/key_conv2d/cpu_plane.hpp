@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "../common/lanes.hpp"
 #include "../common/transpose.hpp"
@@ -25,22 +26,33 @@ enum class Arrangement {
     alternate,  // of two vectors that follow each other the first takes every second channel, the second the others
 };
 
+// What stores of pixels of a type need to know beside the vector.
+template <class Pixel>
+using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Lanes>;
+
 struct Channels {
     Lanes lanes{Vec::width};
+    bool second = false;  // of two that alternate
     std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
 
     Channels() = default;
     // For the `vector`-th of a tensor.
     Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) {
         const std::int64_t first = vector * Vec::width;
-        const bool second = arrangement == Arrangement::alternate && vector % 2 == 1;
-        lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)), second);
+        lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
+        second = arrangement == Arrangement::alternate && vector % 2 == 1;
         for (int i = 0; i < Vec::width; ++i) {
             const std::int64_t at = first + std::min(i, lanes.count - 1);
             if (arrangement == Arrangement::ordered) each[i] = p.order[at];
             else if (arrangement == Arrangement::following) each[i] = static_cast<std::int32_t>(at);
             else each[i] = static_cast<std::int32_t>(second ? first - Vec::width + 2 * i + 1 : first + 2 * i);
         }
+    }
+
+    template <class Pixel>
+    Stored<Pixel> stored() const {
+        if constexpr (std::is_same_v<Pixel, Alternate>) return Halves(second);
+        else return lanes;
     }
 
     // One number of each, out of those of all channels.
