@@ -30,13 +30,14 @@ enum class Arrangement {
 template <class Pixel>
 using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Lanes>;
 
+// The channels of one vector.
 struct Channels {
     Lanes lanes{Vec::width};
-    bool second = false;  // of two that alternate
+    bool second = false;                 // of two that alternate
     std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
 
     Channels() = default;
-    // For the `vector`-th of a tensor.
+    // Those of the `vector`-th of a tensor.
     Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) {
         const std::int64_t first = vector * Vec::width;
         lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
