@@ -87,17 +87,15 @@ def candidates(
             layers[f"{MKF} {implementation.name}"] = layer(case, channels, implementation.name).to(device)
     weight, bias = ours.weight.detach().to(dtype), ours.bias.detach().to(dtype)  # type: ignore[union-attr]
     layers.update({name: make(weight, bias) for name, make in PEERS.items()})
+    inputs = dict.fromkeys(layers, x)
+    if dtype != torch.float32:
+        layers[f"{MKF}, float32"], inputs[f"{MKF}, float32"] = layer(case, channels).to(device), x.float()
 
     copy = torch.empty_like(x)
     found: dict[str, Callable[[], object]] = {COPY: lambda: copy.copy_(x)}
     for name, candidate in layers.items():
         for layout, memory_format in LAYOUTS.items():
-            found[f"{name}, {layout}"] = _step(candidate, x.contiguous(memory_format=memory_format), mode)
-    if dtype != torch.float32:
-        in_float32 = layer(case, channels).to(device)
-        for layout, memory_format in LAYOUTS.items():
-            x32 = x.float().contiguous(memory_format=memory_format)
-            found[f"{MKF}, float32, {layout}"] = _step(in_float32, x32, mode)
+            found[f"{name}, {layout}"] = _step(candidate, inputs[name].contiguous(memory_format=memory_format), mode)
     if names is not None:
         wanted = tuple(names)
         if not any(name.startswith(wanted) for name in found):
