@@ -26,6 +26,14 @@ struct Lanes {
     bool full() const { return count == Vec::width; }
 };
 
+// All of them. A mask costs a load as much as a multiplication: what is done often, is done with whole vectors.
+struct Whole {
+    static constexpr int count = Vec::width;
+    operator Lanes() const { return Lanes(count); }
+};
+inline Vec load(const float* p, Whole) { return load(p); }
+inline void store(float* p, Vec a, Whole) { store(p, a); }
+
 inline Vec zero() { return broadcast(0.0f); }
 
 // The nearest bfloat16, ties to even; a NaN stays one.
@@ -85,7 +93,7 @@ struct Halves {
         : second(second), mask(0x55555555u << second), shift(_mm_cvtsi32_si128(second ? 0 : 16)) {}
 };
 
-inline Vec load(const Alternate* p, const Lanes&) {
+inline Vec load(const Alternate* p) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
 }
 inline void store(Alternate* p, Vec a, const Halves& halves) {

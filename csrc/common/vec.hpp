@@ -44,6 +44,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+inline Vec operator^(Vec a, Vec b) {
+    return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
@@ -84,6 +87,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vec operator^(Vec a, Vec b) { return {_mm256_xor_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
@@ -137,6 +141,14 @@ inline void store(float* p, Vec a) { MKF_LANES p[i] = a.v[i]; }
 #endif
 inline void store_int(std::int32_t* p, Vec a) { MKF_LANES p[i] = static_cast<std::int32_t>(a.v[i]); }
 inline Vec abs(Vec a) { MKF_LANES a.v[i] = std::fabs(a.v[i]); return a; }
+inline Vec operator^(Vec a, Vec b) {
+    std::uint32_t x[Vec::width], y[Vec::width];
+    std::memcpy(x, &a.v, sizeof x);
+    std::memcpy(y, &b.v, sizeof y);
+    MKF_LANES x[i] ^= y[i];
+    std::memcpy(&a.v, x, sizeof x);
+    return a;
+}
 inline Vec sqrt(Vec a) { MKF_LANES a.v[i] = std::sqrt(a.v[i]); return a; }
 inline Vec max(Vec a, Vec b) { MKF_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 inline Mask operator>(Vec a, Vec b) { Mask m; MKF_LANES m.v[i] = a.v[i] > b.v[i]; return m; }

@@ -21,12 +21,19 @@ struct Group {
         Vec weight;
     };
 
+    // Whether all lanes of a factor mirror themselves, or their negative where `sign` is -0.
+    struct Mirror {
+        bool exists;
+        Vec sign;
+    };
+
     Channels channels;
     bool direct, has_box;  // has_box: the sum of the window is needed
     int terms, single_taps;
     Vec start;         // what every sum starts from
     Vec box;
     Vec scale, shift;  // of the channels
+    Mirror column_mirror[most_terms], row_mirror[most_terms];
     Vec taps[K * K];   // direct: row by row; else the columns of all terms and then their rows
     SingleTap single[most_single_taps];
 
@@ -39,6 +46,21 @@ struct Group {
     const Vec* column(int term) const { return taps + term * K; }
     const Vec* row(int term) const { return taps + (terms + term) * K; }
 };
+
+// Lanes of zeros mirror themselves, too.
+template <int K>
+static typename Group<K>::Mirror mirror(const Vec* taps) {
+    unsigned same = (1u << Vec::width) - 1, negative = same;
+    for (int t = 0; t < K / 2; ++t) {
+        const Vec here = taps[t], there = taps[K - 1 - t];
+        same &= ~bits(abs(here - there) > zero());
+        negative &= ~bits(abs(here + there) > zero());
+    }
+    negative &= ~bits(abs(taps[K / 2]) > zero());
+    float sign[Vec::width];
+    for (int i = 0; i < Vec::width; ++i) sign[i] = same >> i & 1 ? 0.0f : -0.0f;
+    return {(same | negative) == (1u << Vec::width) - 1, load(sign)};
+}
 
 enum class Weights {
     whole,  // scale * key + shift
@@ -102,6 +124,8 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
             group.taps[term * K + t] = entry(from);
             group.taps[(group.terms + term) * K + t] = scale * entry(table.rows + from);
         }
+        group.column_mirror[term] = mirror<K>(group.column(term));
+        group.row_mirror[term] = mirror<K>(group.row(term));
     }
     if (group.single_taps == 0) return;
     float weight[most_single_taps][Vec::width] = {};

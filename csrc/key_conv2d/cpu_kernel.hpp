@@ -77,7 +77,7 @@ struct Tasks {
 template <class T>
 struct Store {
     Plane<T> out;
-    Stored<T> lanes;
+    Stored<T> stored;
 
     template <class Input>
     void column(const Input&, Inside) {}
@@ -90,13 +90,13 @@ struct Store {
         const std::ptrdiff_t stride = out.column_stride;
         if (run.count == N) {
             unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-                store(to, sums[j], lanes);
+                store(to, sums[j], stored);
                 to += stride;
             });
             return;
         }
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-            if (j < run.count) store(to + j * stride, sums[j], lanes);
+            if (j < run.count) store(to + j * stride, sums[j], stored);
         });
     }
 };
@@ -169,6 +169,8 @@ struct OwnSum {
         if constexpr (I::value >= G::before && I::value < G::before + G::block) sum = sum + x;
     }
     template <class I>
+    MKF_ALWAYS_INLINE void miss(I) {}
+    template <class I>
     MKF_ALWAYS_INLINE void passed(I) {}
 };
 
@@ -193,14 +195,13 @@ struct Gradients {
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&windows)[N]) {
-        const Lanes lanes = group.channels.lanes;
         const bool has_box = group.has_box, has_scale = of_scale;  // known to be the same after every store
         if (x.pixels) {
             const T* from = x.at(run.row, run.column);
             Vec of_scales = zero(), of_shifts = zero();
             unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
                 if (j >= run.count) return;
-                const Vec value = load(from + j * x.column_stride, lanes);
+                const Vec value = load(from + j * x.column_stride);
                 if (has_scale) of_scales = fma(sums[j], value, of_scales);
                 if (has_box) of_shifts = fma(windows[j], value, of_shifts);
             });
@@ -301,21 +302,26 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     }
 }
 
-// bfloat16 is only taken in place for 7 x 7 keys: every type and size of its own is one more large piece of code.
+template <class G, class T, class Tensors>
+static void run_type(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
+    // bfloat16 is only taken in place for 7 x 7 keys: every type and size of its own is one more large piece of code.
+    constexpr bool half = std::is_same_v<T, BFloat16>, in_place = !half || (G::k == 7 && alternates);
+    constexpr int together = half ? 2 : 1;  // vectors that are either all in place or not
+    const std::int64_t vectors = (p.channels + Vec::width - 1) / Vec::width;
+    if (!p.channels_last) return run<G, T, Tile<T, false>>(p, tensors, table, threads, {0, vectors});
+    std::int64_t whole = 0;
+    if constexpr (in_place) {
+        whole = p.channels / (together * Vec::width) * together;
+        using View = InPlace<T, std::conditional_t<half, Alternate, T>>;
+        if (whole > 0) run<G, T, View>(p, tensors, table, threads, {0, whole});
+    }
+    if (whole < vectors) run<G, T, Tile<T, true>>(p, tensors, table, threads, {whole, vectors});
+}
+
 template <class G, class Tensors>
 static void run_geometry(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
-    const bool half = p.dtype == DType::bfloat16;
-    const Vectors all{0, (p.channels + Vec::width - 1) / Vec::width};
-    if (!p.channels_last && half) return run<G, BFloat16, Tile<BFloat16, false>>(p, tensors, table, threads, all);
-    if (!p.channels_last) return run<G, float, Tile<float, false>>(p, tensors, table, threads, all);
-    if (!half) return run<G, float, InPlace<float>>(p, tensors, table, threads, all);
-    Vectors rest = all;
-    if constexpr (G::k == 7 && alternates) {
-        rest.first = p.channels / (2 * Vec::width) * 2;
-        if (rest.first > 0) run<G, BFloat16, InPlace<BFloat16, Alternate>>(p, tensors, table, threads, {0, rest.first});
-    }
-    using View = std::conditional_t<G::k == 7, InPlace<BFloat16>, Tile<BFloat16, true>>;
-    if (rest.first < rest.end) run<G, BFloat16, View>(p, tensors, table, threads, rest);
+    p.dtype == DType::bfloat16 ? run_type<G, BFloat16>(p, tensors, table, threads)
+                               : run_type<G, float>(p, tensors, table, threads);
 }
 
 template <template <int> class Geometry, class Tensors>

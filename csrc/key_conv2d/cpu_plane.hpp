@@ -28,7 +28,7 @@ enum class Arrangement {
 
 // What stores of pixels of a type need to know beside the vector.
 template <class Pixel>
-using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Lanes>;
+using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Whole>;
 
 // The channels of one vector.
 struct Channels {
@@ -53,7 +53,7 @@ struct Channels {
     template <class Pixel>
     Stored<Pixel> stored() const {
         if constexpr (std::is_same_v<Pixel, Alternate>) return Halves(second);
-        else return lanes;
+        else return {};
     }
 
     // One number of each, out of those of all channels.
@@ -117,7 +117,7 @@ public:
         } else {
             const T* lanes[Vec::width];
             for (int i = 0; i < Vec::width; ++i) lanes[i] = plane(from, image, channels.each[i]);
-            for_squares([&](std::int64_t p, const Lanes& now) MKF_ALWAYS_INLINE {
+            for_squares([&](std::int64_t p, const auto& now) MKF_ALWAYS_INLINE {
                 Vec square[Vec::width];
                 unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE { square[i] = load(lanes[i] + p, now); });
                 transpose(square);
@@ -146,7 +146,7 @@ public:
             T* lanes[Vec::width];
             for (int i = 0; i < target_channels.lanes.count; ++i)
                 lanes[i] = plane(target, target_image, target_channels.each[i]);
-            for_squares([&](std::int64_t p, const Lanes& now) MKF_ALWAYS_INLINE {
+            for_squares([&](std::int64_t p, const auto& now) MKF_ALWAYS_INLINE {
                 const float* from = values.get() + p * Vec::width;
                 Vec square[Vec::width];
                 unroll<Vec::width>([&](auto i) MKF_ALWAYS_INLINE {
@@ -171,9 +171,8 @@ private:
     // Calls body(first pixel, how many) for as many pixels at a time as there are lanes.
     template <class Body>
     void for_squares(const Body& body) const {
-        const Lanes all(Vec::width);
         std::int64_t p = 0;
-        for (; p + Vec::width <= pixels; p += Vec::width) body(p, all);
+        for (; p + Vec::width <= pixels; p += Vec::width) body(p, Whole{});
         if (p < pixels) body(p, Lanes(static_cast<int>(pixels - p)));
     }
 

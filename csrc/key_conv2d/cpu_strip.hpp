@@ -87,6 +87,19 @@ private:
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = zero(); });
     }
 
+    // Filters by a factor of a separable term, and shows the inputs to `others` too.
+    template <class Input, class... Others>
+    MKF_ALWAYS_INLINE static void factor(const Vec* taps, const typename Group<K>::Mirror& mirror, Vec (&sums)[G::run],
+                                         Input input, Inside inside, Others&... others) {
+        if (mirror.exists) {
+            Mirrored<G> mirrored(taps, mirror.sign, sums);
+            filter<G>(input, inside, mirrored, others...);
+        } else {
+            Taps<G> each(in_registers<K>(taps).v, sums);
+            filter<G>(input, inside, each, others...);
+        }
+    }
+
     template <class Finish>
     bool looks_downwards(const Finish& finish) const {
         return group.has_box || group.terms > 0 || finish.wants_columns();
@@ -100,12 +113,11 @@ private:
         const int terms = group.terms;
         const int first_input = first_input_row(first_row);
         const Inside inside(first_input, in.rows);
-        const Lanes lanes = group.channels.lanes;
         const std::ptrdiff_t row_stride = in.row_stride, column_stride = in.column_stride;
         const T* column = in.at(first_input, first);
         Vec* to = ring[block % blocks_kept][0][0] + begin;
         for (int c = first; c < last; ++c, ++to, column += column_stride) {
-            const Strided<const T> input{column, row_stride, lanes};
+            const Strided<const T> input{column, row_stride};
             const auto keep = [&](int plane, const Vec(&from)[G::run]) MKF_ALWAYS_INLINE {
                 Vec* const at = to + plane * (G::run * G::block);
                 unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { at[j * G::block] = from[j]; });
@@ -115,9 +127,8 @@ private:
             Vec sums[G::run], windows[G::run];
             if (has_box && terms > 0) {  // one look at the inputs for both
                 clear(sums);
-                Taps<G> taps(group.column(0), sums);
                 Ones<G> ones(windows);
-                filter<G>(input, inside, taps, ones);
+                factor(group.column(0), group.column_mirror[0], sums, input, inside, ones);
                 keep(0, sums);
             } else if (has_box) {
                 Ones<G> ones(windows);
@@ -126,8 +137,7 @@ private:
             if (has_box) keep(terms, windows);
             for (int term = has_box; term < terms; ++term) {
                 clear(sums);
-                Taps<G> taps(group.column(term), sums);
-                filter<G>(input, inside, taps);
+                factor(group.column(term), group.column_mirror[term], sums, input, inside);
                 keep(term, sums);
             }
         }
@@ -165,10 +175,8 @@ private:
                 Vec sums[G::run], windows[G::run];
                 begin(r, around, inside, sums, windows);
                 for (int s = 0; s < group.single_taps; ++s) single_tap(group.single[s], r, first, count, sums);
-                for (int term = 0; term < group.terms; ++term) {
-                    Taps<G> taps(group.row(term), sums);
-                    filter<G>(ring_row(term, r, around), inside, taps);
-                }
+                for (int term = 0; term < group.terms; ++term)
+                    factor(group.row(term), group.row_mirror[term], sums, ring_row(term, r, around), inside);
                 finish(Run{first_row + r, first, count}, sums, windows);
             }
         }
@@ -206,7 +214,7 @@ private:
         if (!G::input(first_row + r, tap.row, row) || row < 0 || row >= in.rows) return;
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
             if (j < count && G::input(first + j, tap.column, column) && column >= 0 && column < in.columns)
-                sums[j] = fma(tap.weight, load(in.at(row, column), group.channels.lanes), sums[j]);
+                sums[j] = fma(tap.weight, load(in.at(row, column)), sums[j]);
         });
     }
 
@@ -220,32 +228,33 @@ private:
     void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count) const {
         const int column = first_input_column(block), row = first_row + r - G::pad;
         const Inside inside(column, in.columns);
-        const Lanes lanes = group.channels.lanes;
         const auto exists = [&](int i) { return i >= 0 && i < in.rows; };
-        const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride, lanes}; };
+        const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride}; };
         const auto taps_of = [&](int t) { return group.taps + t * K; };
         Vec sums[2][G::run], windows[2][G::run];
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[0][j] = group.start; });
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
             if (one && other) {
-                Taps<G> taps(taps_of(t), sums[0]);
+                Taps<G> taps(in_registers<K>(taps_of(t)).v, sums[0]);
                 filter<G>(SumOfTwo<const T>{input(row + t), in.row_stride}, inside, taps);
             } else if (one || other) {
-                Taps<G> taps(taps_of(t), sums[0]);
+                Taps<G> taps(in_registers<K>(taps_of(t)).v, sums[0]);
                 filter<G>(input(row + t + other), inside, taps);
             }
         }
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
         for (int t = 0; t < K; t += 2) {
             if (exists(row + t)) {
-                Taps<G> taps(taps_of(t), sums[0]);
-                if (t > 0) taps.minus(taps_of(t - 1));
+                auto each = in_registers<K>(taps_of(t));
+                if (t > 0) each.minus(taps_of(t - 1));
+                Taps<G> taps(each.v, sums[0]);
                 filter<G>(input(row + t), inside, taps);
             }
             if (exists(row + t + 1)) {
-                Taps<G> taps(taps_of(t), sums[1]);
-                if (t + 1 < K) taps.minus(taps_of(t + 1));
+                auto each = in_registers<K>(taps_of(t));
+                if (t + 1 < K) each.minus(taps_of(t + 1));
+                Taps<G> taps(each.v, sums[1]);
                 filter<G>(input(row + t + 1), inside, taps);
             }
         }
@@ -262,14 +271,13 @@ private:
     void all_taps(int r, int block, const Around& around, Finish& finish, int first, int count) const {
         const int column = first_input_column(block);
         const Inside inside(column, in.columns);
-        const Lanes lanes = group.channels.lanes;
         Vec sums[G::run], windows[G::run];
         begin(r, around, inside, sums, windows);
         for (int t = 0; t < K; ++t) {
             int row;
             if (!G::input(first_row + r, t, row) || row < 0 || row >= in.rows) continue;
-            Taps<G> taps(group.taps + t * K, sums);
-            filter<G>(Strided<const T>{in.at(row, column), in.column_stride, lanes}, inside, taps);
+            Taps<G> taps(in_registers<K>(group.taps + t * K).v, sums);
+            filter<G>(Strided<const T>{in.at(row, column), in.column_stride}, inside, taps);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
