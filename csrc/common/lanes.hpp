@@ -62,13 +62,12 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
 
-// The nearest bfloat16, ties to even, in the upper half of each lane; a NaN stays one.
+// The nearest bfloat16, ties to even, in the upper half of each lane. A NaN stays one where the lower half of its bits is
+// zero, as in those that come from bfloat16 or that processors make.
 inline __m512i rounded(Vec a) {
     const __m512i b = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(sum, nan, b, _mm512_set1_epi32(0x400000));
+    return _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
 }
 inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
     _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -56,10 +58,13 @@ struct Channels {
         else return {};
     }
 
-    // One number of each, out of those of all channels.
+    // One number of each, out of those of all channels; of NaNs the one that stays one when bfloat16 is made of it.
     Vec pick(const float* of_channel) const {
         float values[Vec::width];
-        for (int i = 0; i < Vec::width; ++i) values[i] = of_channel[each[i]];
+        for (int i = 0; i < Vec::width; ++i) {
+            const float value = of_channel[each[i]];
+            values[i] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
+        }
         return load(values);
     }
 };
