@@ -18,14 +18,14 @@ public:
     }
 
     void step() {
-        for (int i = 0; i < count; ++i) {
-            Stream& s = streams[i];
-            const char* line = s.at;
-            unroll<Stream::lines>([&](auto) MKF_ALWAYS_INLINE {  // a loop this short costs more than what it does
-                prefetch(line);
-                line += s.apart;
-            });
-            s.at += s.step;
+        for (int i = 0; i < count; ++i) streams[i].fetch();
+    }
+
+    // A part of a step: where little else is read, many lines at once would not be fetched in time.
+    void part_of_step(int parts) {
+        for (due += count; due >= parts; due -= parts) {
+            streams[turn].fetch();
+            turn = turn + 1 == count ? 0 : turn + 1;
         }
     }
 
@@ -34,10 +34,19 @@ private:
         static constexpr int lines = 7;
         const char* at;
         std::ptrdiff_t apart, step;
+
+        void fetch() {
+            const char* line = at;
+            unroll<lines>([&](auto) MKF_ALWAYS_INLINE {  // a loop this short costs more than what it does
+                prefetch(line);
+                line += apart;
+            });
+            at += step;
+        }
     };
     static constexpr int most = 8;
     Stream streams[most];
-    int count = 0;
+    int count = 0, turn = 0, due = 0;
 };
 
 // A run of outputs of one row.
@@ -109,7 +118,7 @@ private:
     void downwards(int block, int begin, int end, Finish& finish, Ahead& ahead) {
         const int first = block * G::block + begin, last = std::min(block * G::block + end, in.columns);
         if (!looks_downwards(finish)) return;
-        const bool has_box = group.has_box;  // known to be the same after every store, as is the next
+        const bool has_box = group.has_box, direct = group.direct;  // known to be the same after every store
         const int terms = group.terms;
         const int first_input = first_input_row(first_row);
         const Inside inside(first_input, in.rows);
@@ -122,7 +131,7 @@ private:
                 Vec* const at = to + plane * (G::run * G::block);
                 unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { at[j * G::block] = from[j]; });
             };
-            ahead.step();
+            if (!direct) ahead.step();
             finish.column(input, inside);
             Vec sums[G::run], windows[G::run];
             if (has_box && terms > 0) {  // one look at the inputs for both
@@ -154,21 +163,11 @@ private:
         const Around around{ring[(block + blocks_kept - 1) % blocks_kept], ring[block % blocks_kept],
                             ring[(block + 1) % blocks_kept]};
         if (group.direct) {
-            const int steps = looks_downwards(finish) ? 0 : G::block;  // else one was made for each column
-            const auto fetch = [&](int r, int rows) {
-                for (int i = r * steps / G::run; i < (r + rows) * steps / G::run; ++i) ahead.step();
-            };
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1) {
-                for (; r + 1 < rows; r += 2) {
-                    fetch(r, 2);
-                    all_taps_of_two(r, block, around, finish, first, count);
-                }
+                for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, ahead);
             }
-            for (; r < rows; ++r) {
-                fetch(r, 1);
-                all_taps(r, block, around, finish, first, count);
-            }
+            for (; r < rows; ++r) all_taps(r, block, around, finish, first, count, ahead);
         } else {
             const Inside inside(first_input_column(block), in.columns);
             for (int r = 0; r < rows; ++r) {
@@ -218,6 +217,17 @@ private:
         });
     }
 
+    // One row of direct taps.
+    template <class Input>
+    MKF_ALWAYS_INLINE static void filter_row(const Registers<K>& from, Vec (&sums)[G::run], Input input, Inside inside,
+                                             Ahead& ahead) {
+        constexpr int pairs = G::down == 1 && G::up == 1 ? G::run / 2 : 0;
+        constexpr int rows = pairs * (K + K / 2 + 1) + (G::run - 2 * pairs) * K;  // in a block
+        ahead.part_of_step(rows / G::block);
+        Taps<G> taps(from.v, sums);
+        filter<G>(input, inside, taps);
+    }
+
     // Two rows of outputs that lie next to each other need fewer multiplications together: with e the even and o the odd
     // rows of the taps, and x the rows of the input from the first that they meet on,
     //     both    = sum of  o[i] * (x[2 i + 1] + x[2 i + 2])
@@ -225,37 +235,31 @@ private:
     //     second  = both + sum of  (e[i] - o[i]) * x[2 i + 1]
     // For k = 7 these are 11 filtered rows in place of 14. No output meets anything from outside of its window.
     template <class Finish>
-    void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count) const {
+    void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count,
+                         Ahead& ahead) const {
         const int column = first_input_column(block), row = first_row + r - G::pad;
         const Inside inside(column, in.columns);
         const auto exists = [&](int i) { return i >= 0 && i < in.rows; };
         const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride}; };
-        const auto taps_of = [&](int t) { return group.taps + t * K; };
+        const auto taps_of = [&](int t) { return in_registers<K>(group.taps + t * K); };
         Vec sums[2][G::run], windows[2][G::run];
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[0][j] = group.start; });
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
-            if (one && other) {
-                Taps<G> taps(in_registers<K>(taps_of(t)).v, sums[0]);
-                filter<G>(SumOfTwo<const T>{input(row + t), in.row_stride}, inside, taps);
-            } else if (one || other) {
-                Taps<G> taps(in_registers<K>(taps_of(t)).v, sums[0]);
-                filter<G>(input(row + t + other), inside, taps);
-            }
+            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{input(row + t), in.row_stride}, inside, ahead);
+            else if (one || other) filter_row(taps_of(t), sums[0], input(row + t + other), inside, ahead);
         }
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
         for (int t = 0; t < K; t += 2) {
             if (exists(row + t)) {
-                auto each = in_registers<K>(taps_of(t));
-                if (t > 0) each.minus(taps_of(t - 1));
-                Taps<G> taps(each.v, sums[0]);
-                filter<G>(input(row + t), inside, taps);
+                auto taps = taps_of(t);
+                if (t > 0) taps.minus(group.taps + (t - 1) * K);
+                filter_row(taps, sums[0], input(row + t), inside, ahead);
             }
             if (exists(row + t + 1)) {
-                auto each = in_registers<K>(taps_of(t));
-                if (t + 1 < K) each.minus(taps_of(t + 1));
-                Taps<G> taps(each.v, sums[1]);
-                filter<G>(input(row + t + 1), inside, taps);
+                auto taps = taps_of(t);
+                if (t + 1 < K) taps.minus(group.taps + (t + 1) * K);
+                filter_row(taps, sums[1], input(row + t + 1), inside, ahead);
             }
         }
         unroll<2>([&](auto q) MKF_ALWAYS_INLINE {
@@ -268,7 +272,7 @@ private:
     }
 
     template <class Finish>
-    void all_taps(int r, int block, const Around& around, Finish& finish, int first, int count) const {
+    void all_taps(int r, int block, const Around& around, Finish& finish, int first, int count, Ahead& ahead) const {
         const int column = first_input_column(block);
         const Inside inside(column, in.columns);
         Vec sums[G::run], windows[G::run];
@@ -276,8 +280,8 @@ private:
         for (int t = 0; t < K; ++t) {
             int row;
             if (!G::input(first_row + r, t, row) || row < 0 || row >= in.rows) continue;
-            Taps<G> taps(in_registers<K>(group.taps + t * K).v, sums);
-            filter<G>(Strided<const T>{in.at(row, column), in.column_stride}, inside, taps);
+            filter_row(in_registers<K>(group.taps + t * K), sums, Strided<const T>{in.at(row, column), in.column_stride}, inside,
+                       ahead);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
