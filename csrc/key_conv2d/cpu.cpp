@@ -22,6 +22,16 @@ std::vector<std::int32_t> by_key(const KeyConv2d& p) {
     return order;
 }
 
+// Or its negative.
+bool mirrors_itself(const float* factor, int k) {
+    bool even = true, odd = true;
+    for (int t = 0; t < k; ++t) {
+        even = even && factor[t] == factor[k - 1 - t];
+        odd = odd && factor[t] == -factor[k - 1 - t];
+    }
+    return even || odd;
+}
+
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
@@ -46,7 +56,7 @@ void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& t
 
 KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     const int factors = problem.most_terms * problem.k, taps = problem.k * problem.k;
-    table.padded = (problem.keys_count + 15) / 16 * 16;  // the widest vector
+    table.padded = (2 * problem.keys_count + 15) / 16 * 16;  // the widest vector
     table.count = problem.keys_count;
     table.rows = factors;
     table.keys = 2 * factors;
@@ -54,17 +64,43 @@ KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     table.tap = table.box + 1;
     values.assign(static_cast<std::size_t>(table.tap + 1) * table.padded, 0.0f);
     table.values = values.data();
+    splits.assign(problem.keys_count, 0);
+    table.splits = splits.data();
     place(problem.columns, 0, factors);
     place(problem.rows, table.rows, factors);
     place(problem.keys, table.keys, taps);
     place(problem.box, table.box, 1);
     place(problem.tap, table.tap, 1);
+    for (int j = 0; j < table.count; ++j) split(j);
 }
 
 void KeyConv2dCpu::place(const float* of_key, int first, int count) {
     for (int j = 0; j < table.count; ++j)
         for (int i = 0; i < count; ++i)
-            values[static_cast<std::size_t>(first + i) * table.padded + j] = of_key[j * count + i];
+            for (int number : {j, j + table.count})
+                values[static_cast<std::size_t>(first + i) * table.padded + number] = of_key[j * count + i];
+}
+
+// A key of one term of which one factor mirrors itself (or its negative) is two terms that do, with the even and the odd part
+// of the other factor.
+void KeyConv2dCpu::split(int key) {
+    const int k = problem.k, factors = problem.most_terms * k;
+    if (problem.terms[key] != 1 || problem.most_terms < 2) return;
+    const float *const column = problem.columns + key * factors, *const row = problem.rows + key * factors;
+    const bool by_column = mirrors_itself(row, k);
+    if (by_column == mirrors_itself(column, k)) return;
+    const auto set = [&](int entry, float value) {
+        values[static_cast<std::size_t>(entry) * table.padded + table.count + key] = value;
+    };
+    for (int t = 0; t < k; ++t) {
+        const float* const factor = by_column ? column : row;
+        const float even = (factor[t] + factor[k - 1 - t]) / 2, odd = (factor[t] - factor[k - 1 - t]) / 2;
+        const int split = (by_column ? 0 : table.rows) + t, same = (by_column ? table.rows : 0) + t;
+        set(split, even);
+        set(split + k, odd);
+        set(same + k, by_column ? row[t] : column[t]);
+    }
+    splits[key] = 1;
 }
 
 KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {

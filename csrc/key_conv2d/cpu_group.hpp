@@ -47,6 +47,9 @@ struct Group {
     const Vec* row(int term) const { return taps + (terms + term) * K; }
 };
 
+// With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
+constexpr bool mirrors_pay = Vec::width != 8;
+
 // Lanes of zeros mirror themselves, too.
 template <int K>
 static typename Group<K>::Mirror mirror(const Vec* taps) {
@@ -59,7 +62,7 @@ static typename Group<K>::Mirror mirror(const Vec* taps) {
     negative &= ~bits(abs(taps[K / 2]) > zero());
     float sign[Vec::width];
     for (int i = 0; i < Vec::width; ++i) sign[i] = same >> i & 1 ? 0.0f : -0.0f;
-    return {(same | negative) == (1u << Vec::width) - 1, load(sign)};
+    return {mirrors_pay && (same | negative) == (1u << Vec::width) - 1, load(sign)};
 }
 
 enum class Weights {
@@ -81,10 +84,7 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     const Vec scale = whole ? group.scale : broadcast(1.0f), shift = whole ? group.shift : zero();
 
     std::int32_t key_of[Vec::width];
-    float numbers[Vec::width];
-    for (int i = 0; i < Vec::width; ++i) numbers[i] = static_cast<float>(key_of[i] = p.index[channels.each[i]]);
-    const Vec key = load(numbers);
-    const auto entry = [&](int i) { return lookup(table.entry(i), table.count, key); };
+    for (int i = 0; i < Vec::width; ++i) key_of[i] = p.index[channels.each[i]];
 
     group.direct = false;
     group.terms = group.single_taps = 0;
@@ -107,6 +107,19 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     // Without the whole weights, the shift's part of the input's gradient needs the sum too.
     need_sum = need_sum || (!whole && bits(abs(group.shift) > zero()) != 0);
     group.direct |= 2 * K * group.terms + group.single_taps >= K * K;
+
+    // Keys with fewer terms than others that they share the vector with may have one more.
+    float numbers[Vec::width];
+    bool any_split = false;
+    for (int i = 0; i < Vec::width; ++i) {
+        const int j = key_of[i];
+        const bool split = mirrors_pay && table.splits[j] && p.terms[j] < group.terms;
+        numbers[i] = static_cast<float>(split ? j + table.count : j);
+        any_split |= split;
+    }
+    const Vec key = load(numbers);
+    const int count = any_split ? 2 * table.count : table.count;
+    const auto entry = [&](int i) { return lookup(table.entry(i), count, key); };
 
     if (group.direct) {
         group.terms = group.single_taps = 0;

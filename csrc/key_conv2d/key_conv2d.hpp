@@ -46,9 +46,11 @@ struct KeyConv2dBackward {
 };
 
 // What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all
-// of its channels: (entries, padded) with the entries columns, rows, keys, box, tap.
+// of its channels: (entries, padded) with the entries columns, rows, keys, box, tap. Key j stands there twice: as
+// j + count it has a term more where `splits[j]`, and the factors of all its terms then mirror themselves or their negative.
 struct KeyTable {
     const float* values;
+    const std::uint8_t* splits;
     int padded, count;
     int rows, keys, box, tap;  // the first entries of each; the columns start at 0
 
@@ -75,9 +77,11 @@ public:
 private:
     KeyConv2d problem;
     std::vector<float> values;
+    std::vector<std::uint8_t> splits;
     KeyTable table;
 
     void place(const float* of_key, int first, int count);
+    void split(int key);
     KeyConv2d with(const KeyConv2dChannels& channels) const;
 };
 
