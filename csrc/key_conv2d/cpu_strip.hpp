@@ -170,10 +170,12 @@ private:
             for (; r < rows; ++r) all_taps(r, block, around, finish, first, count, ahead);
         } else {
             const Inside inside(first_input_column(block), in.columns);
+            unsigned reached_by[most_single_taps];
+            for (int s = 0; s < group.single_taps; ++s) reached_by[s] = reached(group.single[s].column, first, count);
             for (int r = 0; r < rows; ++r) {
                 Vec sums[G::run], windows[G::run];
                 begin(r, around, inside, sums, windows);
-                for (int s = 0; s < group.single_taps; ++s) single_tap(group.single[s], r, first, count, sums);
+                for (int s = 0; s < group.single_taps; ++s) single_tap(group.single[s], reached_by[s], r, first, sums);
                 for (int term = 0; term < group.terms; ++term)
                     factor(group.row(term), group.row_mirror[term], sums, ring_row(term, r, around), inside);
                 finish(Run{first_row + r, first, count}, sums, windows);
@@ -208,12 +210,27 @@ private:
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = fma(group.box, windows[j], sums[j]); });
     }
 
-    void single_tap(const typename Group<K>::SingleTap& tap, int r, int first, int count, Vec (&sums)[G::run]) const {
-        int row, column;
+    // Which outputs of a run a single tap gives something of a row that exists: a bit each.
+    unsigned reached(int tap, int first, int count) const {
+        unsigned bits = 0;
+        for (int j = 0; j < count; ++j) {
+            int column;
+            if (G::input(first + j, tap, column) && column >= 0 && column < in.columns) bits |= 1u << j;
+        }
+        return bits;
+    }
+
+    MKF_ALWAYS_INLINE void single_tap(const typename Group<K>::SingleTap& tap, unsigned reached, int r, int first,
+                                      Vec (&sums)[G::run]) const {
+        int row;
         if (!G::input(first_row + r, tap.row, row) || row < 0 || row >= in.rows) return;
+        const Vec weight = tap.weight;
+        const int shifted = tap.column - G::pad;
+        const T* const at = in.at(row, first / G::up * G::down);
+        const std::ptrdiff_t stride = in.column_stride;
+        reached = fresh(reached);
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
-            if (j < count && G::input(first + j, tap.column, column) && column >= 0 && column < in.columns)
-                sums[j] = fma(tap.weight, load(in.at(row, column)), sums[j]);
+            if (reached >> j & 1) sums[j] = fma(weight, load(at + (j * G::down + shifted) / G::up * stride), sums[j]);
         });
     }
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 # as a sum of outer products in float32 and scaled is off by one or two float32 epsilons.
 EXACT = 4 * float(np.finfo(np.float32).eps)
 
+NOISE = 1e-9  # relative; what float64 leaves of a difference that should be zero is less
+
 STEPS = 30  # of the alternating approximation; on the published keys hundreds more gain a few per cent of the error
 
 
@@ -185,10 +187,23 @@ def _describe(
     remaining = key - box if tap is None else key - box - tap
     u, sigma, vt = np.linalg.svd(remaining)
     split = np.sqrt(sigma[:terms])  # shared evenly, so that both factors have the same size
-    columns, rows = u[:, :terms] * split, split[:, None] * vt[:terms]
+    columns, rows = _evened((u[:, :terms] * split).T).T, _evened(split[:, None] * vt[:terms])
     taps = () if tap is None else tuple(Tap(int(r), int(c), float(tap[r, c])) for r, c in np.argwhere(tap))
     residual = float(np.linalg.norm(remaining - columns @ rows))
     return Structure(torch.from_numpy(columns), torch.from_numpy(rows), taps, residual, box)
+
+
+def _evened(factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Factors (terms, k), with those that mirror themselves or their negative but for rounding made to do so exactly.
+
+    Kernels add the inputs that meet equal taps before they multiply.
+    """
+    mirrored = factors[:, ::-1]
+    size = NOISE * np.linalg.norm(factors, axis=1, keepdims=True)
+    for other in (mirrored, -mirrored):
+        close = np.linalg.norm(factors - other, axis=1, keepdims=True) <= size
+        factors = np.where(close, (factors + other) / 2, factors)
+    return factors
 
 
 def _tails(sigma: NDArray[np.floating]) -> NDArray[np.float64]:

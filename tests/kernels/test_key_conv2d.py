@@ -61,9 +61,15 @@ def some_keys(kind, k):
         if k > 5:
             keys[5] += noise(k, 1, seed=4) * noise(1, k, seed=5)
         keys[6] = 0
-    if kind == "symmetric":
-        keys = (keys + keys.flip(1)) * 0.5
-        keys[4:] = (keys[4:] - keys[4:].flip(2)) * 0.5
+    if kind == "mirrored":  # in one direction, in both, with two terms, with a tap; itself or its negative
+        column, row = keys[:, :, :1], keys[:, :1]
+        even, odd = column + column.flip(1), column - column.flip(1)
+        across, negative = row + row.flip(2), row - row.flip(2)
+        keys = torch.stack([even[0] * across[0], even[1] * negative[1], odd[2] * across[2], odd[3] * negative[3]])
+        one_sided = torch.stack([even[4] * row[4], column[5] * negative[5]])
+        two = torch.stack([even[6] * across[6] + odd[6] * negative[6], even[7] * across[7] + even[0] * across[1]])
+        two[1, k // 2, k // 2] += 2
+        keys = torch.cat([keys, one_sided, two])
     return keys
 
 
@@ -148,7 +154,7 @@ SHAPES = [(1, 1, 1, 1), (2, 16, 7, 7), (1, 17, 14, 15), (1, 40, 9, 30), (3, 3, 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["direct", "rank1", "mixed", "symmetric"])
+@pytest.mark.parametrize("kind", ["direct", "rank1", "mixed", "mirrored"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_shapes(backend, kind, layout, stride):
     for shape in SHAPES:
@@ -157,7 +163,7 @@ def test_shapes(backend, kind, layout, stride):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("k", [3, 5, 9, 11])
-@pytest.mark.parametrize("kind", ["direct", "mixed", "symmetric"])
+@pytest.mark.parametrize("kind", ["direct", "mixed", "mirrored"])
 def test_kernel_sizes(backend, kind, k, layout):
     for stride in (1, 2):
         for dtype in ERROR:
@@ -220,7 +226,7 @@ def test_only_what_is_wanted(backend, wanted, layout):
     st.sampled_from([1, 2]),
     st.sampled_from(list(ERROR)),
     st.sampled_from(list(LAYOUTS)),
-    st.sampled_from(["direct", "rank1", "mixed", "symmetric"]),
+    st.sampled_from(["direct", "rank1", "mixed", "mirrored"]),
     st.booleans(),
     st.integers(0, 1000),
 )
@@ -232,7 +238,7 @@ def test_any_problem(shape, k, stride, dtype, layout, kind, shifted, seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["direct", "mixed", "symmetric"])
+@pytest.mark.parametrize("kind", ["direct", "mixed", "mirrored"])
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_stays_in_its_window(backend, value, dtype, kind, layout):
@@ -244,6 +250,16 @@ def test_what_is_not_finite_stays_in_its_window(backend, value, dtype, kind, lay
     for spoilt, before in ((problem.forward(backend), clean), (problem.backward(backend)["dx"], clean_dx)):
         assert not spoilt[window].isfinite().any() or kind == "mixed"  # a key of zeros and ones may keep some finite
         assert torch.equal(spoilt[~window], before[~window])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ERROR)
+def test_a_bias_that_is_any_nan_gives_nan(backend, dtype, layout):
+    problem = Problem((1, 40, 9, 9), some_keys("mixed", 7), dtype=dtype, layout=layout)
+    problem.bias[[3, 36]] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    is_nan = problem.forward(backend).isnan()
+    assert is_nan[:, [3, 36]].all()
+    assert is_nan.sum() == 2 * 81
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
