@@ -26,7 +26,7 @@ struct Lanes {
     bool full() const { return count == Vec::width; }
 };
 
-// All of them. A mask costs a load as much as a multiplication: what is done often, is done with whole vectors.
+// All of them. A masked load takes the place of a multiplication: what is read often is read in whole vectors.
 struct Whole {
     static constexpr int count = Vec::width;
     operator Lanes() const { return Lanes(count); }
@@ -81,8 +81,7 @@ struct Alternate {
 };
 constexpr bool alternates = true;
 
-// Whether `Alternate`s to store are the first or the second of their pairs, and what follows from that. Not a part of
-// `Lanes`: these are copied into the inner loops of float32, too, and cost it 7 %.
+// Whether `Alternate`s to store are the first or the second of their pairs, and what follows from that.
 struct Halves {
     int second;
     __mmask32 mask;

@@ -62,6 +62,7 @@ MKF_ALWAYS_INLINE static inline Vec in_register(Vec x) {
     return x;
 }
 
+// The taps of a row of k.
 template <int K>
 struct Registers {
     Vec v[K];

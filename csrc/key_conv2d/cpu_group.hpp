@@ -50,7 +50,7 @@ struct Group {
 // With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
 constexpr bool mirrors_pay = Vec::width != 8;
 
-// Lanes of zeros mirror themselves, too.
+// Whether and how a factor of k taps mirrors itself in all lanes; zeros do, too.
 template <int K>
 static typename Group<K>::Mirror mirror(const Vec* taps) {
     unsigned same = (1u << Vec::width) - 1, negative = same;
@@ -62,7 +62,7 @@ static typename Group<K>::Mirror mirror(const Vec* taps) {
     negative &= ~bits(abs(taps[K / 2]) > zero());
     float sign[Vec::width];
     for (int i = 0; i < Vec::width; ++i) sign[i] = same >> i & 1 ? 0.0f : -0.0f;
-    return {mirrors_pay && (same | negative) == (1u << Vec::width) - 1, load(sign)};
+    return {(same | negative) == (1u << Vec::width) - 1, load(sign)};
 }
 
 enum class Weights {

@@ -81,7 +81,7 @@ struct Plane {
 };
 
 // The rows that a task reads or writes, as a plane, with one object for each tensor and thread: here the tensor itself.
-template <class T, class P = T>
+template <class T, class P>
 struct InPlace {
     using Pixel = P;
     static constexpr Arrangement arrangement =
