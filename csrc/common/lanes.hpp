@@ -34,6 +34,34 @@ struct Whole {
 inline Vec load(const float* p, Whole) { return load(p); }
 inline void store(float* p, Vec a, Whole) { store(p, a); }
 
+// All but the first few, of a vector that begins where another does not yet end: it is loaded whole and stored in part.
+struct LastLanes {
+    int skipped;
+#if defined(__AVX512F__)
+    __mmask16 mask;
+#elif defined(__AVX2__)
+    __m256i mask;
+#endif
+
+    explicit LastLanes(int skipped) : skipped(skipped) {
+#if defined(__AVX512F__)
+        mask = static_cast<__mmask16>(~0u << skipped);
+#elif defined(__AVX2__)
+        mask = _mm256_cmpgt_epi32(_mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8), _mm256_set1_epi32(skipped));
+#endif
+    }
+};
+inline void store(float* p, Vec a, const LastLanes& lanes) {
+#if defined(__AVX512F__)
+    lanes.skipped == 0 ? _mm512_storeu_ps(p, a.v) : _mm512_mask_storeu_ps(p, lanes.mask, a.v);
+#elif defined(__AVX2__)
+    lanes.skipped == 0 ? _mm256_storeu_ps(p, a.v) : _mm256_maskstore_ps(p, lanes.mask, a.v);
+#else
+    if (lanes.skipped == 0) return store(p, a);
+    for (int i = lanes.skipped; i < Vec::width; ++i) p[i] = a.v[i];
+#endif
+}
+
 inline Vec zero() { return broadcast(0.0f); }
 
 // The nearest bfloat16, ties to even; a NaN stays one.

@@ -293,7 +293,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     }
     for (int i = 0; i < tasks.groups; ++i) {
         const Channels channels(p, View::arrangement, vectors.first + i);
-        for (int lane = 0; lane < channels.lanes.count; ++lane) {
+        for (int lane = channels.skipped; lane < channels.lanes.count; ++lane) {
             const std::int32_t c = channels.each[lane];
             if (tensors.d_scale) tensors.d_scale[c] = static_cast<float>(sums[i].scale[lane]);
             if (tensors.d_shift) tensors.d_shift[c] = static_cast<float>(sums[i].shift[lane]);
@@ -304,18 +304,17 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
 
 template <class G, class T, class Tensors>
 static void run_type(const KeyConv2d& p, const Tensors& tensors, const KeyTable& table, int threads) {
-    // bfloat16 is only taken in place for 7 x 7 keys: every type and size of its own is one more large piece of code.
-    constexpr bool half = std::is_same_v<T, BFloat16>, in_place = !half || (G::k == 7 && alternates);
-    constexpr int together = half ? 2 : 1;  // vectors that are either all in place or not
     const std::int64_t vectors = (p.channels + Vec::width - 1) / Vec::width;
     if (!p.channels_last) return run<G, T, Tile<T, false>>(p, tensors, table, threads, {0, vectors});
-    std::int64_t whole = 0;
-    if constexpr (in_place) {
-        whole = p.channels / (together * Vec::width) * together;
-        using View = InPlace<T, std::conditional_t<half, Alternate, T>>;
-        if (whole > 0) run<G, T, View>(p, tensors, table, threads, {0, whole});
+    std::int64_t in_place = 0;
+    if constexpr (std::is_same_v<T, float>) {
+        in_place = p.channels < Vec::width ? 0 : vectors;
+        if (in_place > 0) run<G, T, InPlace<T, T>>(p, tensors, table, threads, {0, in_place});
+    } else if constexpr (G::k == 7 && alternates) {  // only these: every type and size is one more large piece of code
+        in_place = p.channels / (2 * Vec::width) * 2;
+        if (in_place > 0) run<G, T, InPlace<T, Alternate>>(p, tensors, table, threads, {0, in_place});
     }
-    if (whole < vectors) run<G, T, Tile<T, true>>(p, tensors, table, threads, {whole, vectors});
+    if (in_place < vectors) run<G, T, Tile<T, true>>(p, tensors, table, threads, {in_place, vectors});
 }
 
 template <class G, class Tensors>

@@ -25,29 +25,35 @@ struct Tensor {
 enum class Arrangement {
     ordered,    // as they stand in `KeyConv2d::order`; channels-first, where each lane has a plane of its own
     following,  // neighbours in memory
+    filling,    // the same, but the last vector begins before the end of the one before, so that it is whole
     alternate,  // of two vectors that follow each other the first takes every second channel, the second the others
 };
 
 // What stores of pixels of a type need to know beside the vector.
 template <class Pixel>
-using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Whole>;
+using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, LastLanes>;
 
 // The channels of one vector.
 struct Channels {
     Lanes lanes{Vec::width};
     bool second = false;                 // of two that alternate
+    int skipped = 0;                     // of the first, which the vector before has
     std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
 
     Channels() = default;
     // Those of the `vector`-th of a tensor.
     Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) {
-        const std::int64_t first = vector * Vec::width;
+        std::int64_t first = vector * Vec::width;
+        if (arrangement == Arrangement::filling) {
+            skipped = static_cast<int>(std::max<std::int64_t>(0, first + Vec::width - p.channels));
+            first -= skipped;
+        }
         lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
         second = arrangement == Arrangement::alternate && vector % 2 == 1;
         for (int i = 0; i < Vec::width; ++i) {
             const std::int64_t at = first + std::min(i, lanes.count - 1);
             if (arrangement == Arrangement::ordered) each[i] = p.order[at];
-            else if (arrangement == Arrangement::following) each[i] = static_cast<std::int32_t>(at);
+            else if (arrangement != Arrangement::alternate) each[i] = static_cast<std::int32_t>(at);
             else each[i] = static_cast<std::int32_t>(second ? first - Vec::width + 2 * i + 1 : first + 2 * i);
         }
     }
@@ -55,7 +61,7 @@ struct Channels {
     template <class Pixel>
     Stored<Pixel> stored() const {
         if constexpr (std::is_same_v<Pixel, Alternate>) return Halves(second);
-        else return {};
+        else return LastLanes(skipped);
     }
 
     // One number of each, out of those of all channels; of NaNs the one that stays one when bfloat16 is made of it.
@@ -85,7 +91,7 @@ template <class T, class P>
 struct InPlace {
     using Pixel = P;
     static constexpr Arrangement arrangement =
-        std::is_same_v<T, P> ? Arrangement::following : Arrangement::alternate;
+        std::is_same_v<T, P> ? Arrangement::filling : Arrangement::alternate;
 
     Plane<const P> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int, int) {
         return plane<const P>(from, image, channels);
