@@ -22,16 +22,6 @@ std::vector<std::int32_t> by_key(const KeyConv2d& p) {
     return order;
 }
 
-// Or its negative.
-bool mirrors_itself(const float* factor, int k) {
-    bool even = true, odd = true;
-    for (int t = 0; t < k; ++t) {
-        even = even && factor[t] == factor[k - 1 - t];
-        odd = odd && factor[t] == -factor[k - 1 - t];
-    }
-    return even || odd;
-}
-
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
@@ -61,8 +51,9 @@ KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     table.rows = factors;
     table.keys = 2 * factors;
     table.box = table.keys + taps;
-    table.tap = table.box + 1;
-    values.assign(static_cast<std::size_t>(table.tap + 1) * table.padded, 0.0f);
+    table.column_mirrors = table.box + 1;
+    table.row_mirrors = table.column_mirrors + problem.most_terms;
+    values.assign(static_cast<std::size_t>(table.row_mirrors + problem.most_terms) * table.padded, 0.0f);
     table.values = values.data();
     splits.assign(problem.keys_count, 0);
     table.splits = splits.data();
@@ -70,35 +61,45 @@ KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     place(problem.rows, table.rows, factors);
     place(problem.keys, table.keys, taps);
     place(problem.box, table.box, 1);
-    place(problem.tap, table.tap, 1);
     for (int j = 0; j < table.count; ++j) split(j);
+    for (int number = 0; number < 2 * table.count; ++number) {
+        for (int term = 0; term < problem.most_terms; ++term) {
+            value(table.column_mirrors + term, number) = mirror(term * problem.k, number);
+            value(table.row_mirrors + term, number) = mirror(table.rows + term * problem.k, number);
+        }
+    }
 }
 
 void KeyConv2dCpu::place(const float* of_key, int first, int count) {
     for (int j = 0; j < table.count; ++j)
         for (int i = 0; i < count; ++i)
-            for (int number : {j, j + table.count})
-                values[static_cast<std::size_t>(first + i) * table.padded + number] = of_key[j * count + i];
+            value(first + i, j) = value(first + i, j + table.count) = of_key[j * count + i];
 }
 
-// A key of one term of which one factor mirrors itself (or its negative) is two terms that do, with the even and the odd part
-// of the other factor.
+// How the factor that starts at an entry mirrors itself. Zeros do.
+float KeyConv2dCpu::mirror(int first, int number) {
+    bool itself = true, negative = true;
+    for (int t = 0; t < problem.k; ++t) {
+        const float here = value(first + t, number), there = value(first + problem.k - 1 - t, number);
+        itself = itself && here == there;
+        negative = negative && here == -there;
+    }
+    return itself ? 1.0f : negative ? -1.0f : 0.0f;
+}
+
+// A key of one term of which one factor mirrors itself is two terms of which both do, with the even and the odd part of the
+// other factor.
 void KeyConv2dCpu::split(int key) {
-    const int k = problem.k, factors = problem.most_terms * k;
     if (problem.terms[key] != 1 || problem.most_terms < 2) return;
-    const float *const column = problem.columns + key * factors, *const row = problem.rows + key * factors;
-    const bool by_column = mirrors_itself(row, k);
-    if (by_column == mirrors_itself(column, k)) return;
-    const auto set = [&](int entry, float value) {
-        values[static_cast<std::size_t>(entry) * table.padded + table.count + key] = value;
-    };
+    const int k = problem.k, number = key + table.count;
+    const bool column_mirrors = mirror(0, key) != 0.0f, row_mirrors = mirror(table.rows, key) != 0.0f;
+    if (column_mirrors == row_mirrors) return;
+    const int other = column_mirrors ? table.rows : 0, mirrored = column_mirrors ? 0 : table.rows;
     for (int t = 0; t < k; ++t) {
-        const float* const factor = by_column ? column : row;
-        const float even = (factor[t] + factor[k - 1 - t]) / 2, odd = (factor[t] - factor[k - 1 - t]) / 2;
-        const int split = (by_column ? 0 : table.rows) + t, same = (by_column ? table.rows : 0) + t;
-        set(split, even);
-        set(split + k, odd);
-        set(same + k, by_column ? row[t] : column[t]);
+        const float here = value(other + t, key), there = value(other + k - 1 - t, key);
+        value(other + t, number) = (here + there) / 2;
+        value(other + k + t, number) = (here - there) / 2;
+        value(mirrored + k + t, number) = value(mirrored + t, key);
     }
     splits[key] = 1;
 }

@@ -50,21 +50,6 @@ struct Group {
 // With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
 constexpr bool mirrors_pay = Vec::width != 8;
 
-// Whether and how a factor of k taps mirrors itself in all lanes; zeros do, too.
-template <int K>
-static typename Group<K>::Mirror mirror(const Vec* taps) {
-    unsigned same = (1u << Vec::width) - 1, negative = same;
-    for (int t = 0; t < K / 2; ++t) {
-        const Vec here = taps[t], there = taps[K - 1 - t];
-        same &= ~bits(abs(here - there) > zero());
-        negative &= ~bits(abs(here + there) > zero());
-    }
-    negative &= ~bits(abs(taps[K / 2]) > zero());
-    float sign[Vec::width];
-    for (int i = 0; i < Vec::width; ++i) sign[i] = same >> i & 1 ? 0.0f : -0.0f;
-    return {(same | negative) == (1u << Vec::width) - 1, load(sign)};
-}
-
 enum class Weights {
     whole,  // scale * key + shift
     key,    // the key alone
@@ -120,6 +105,10 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     const Vec key = load(numbers);
     const int count = any_split ? 2 * table.count : table.count;
     const auto entry = [&](int i) { return lookup(table.entry(i), count, key); };
+    const auto mirror = [](Vec how) {  // 1, -1 or 0 a lane; 1 and -1 differ in their sign alone
+        const bool exists = bits(abs(how) > zero()) == (1u << Vec::width) - 1;
+        return typename Group<K>::Mirror{exists, how ^ broadcast(1.0f)};
+    };
 
     if (group.direct) {
         group.terms = group.single_taps = 0;
@@ -137,8 +126,8 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
             group.taps[term * K + t] = entry(from);
             group.taps[(group.terms + term) * K + t] = scale * entry(table.rows + from);
         }
-        group.column_mirror[term] = mirror<K>(group.column(term));
-        group.row_mirror[term] = mirror<K>(group.row(term));
+        group.column_mirror[term] = mirror(entry(table.column_mirrors + term));
+        group.row_mirror[term] = mirror(entry(table.row_mirrors + term));
     }
     if (group.single_taps == 0) return;
     float weight[most_single_taps][Vec::width] = {};

@@ -124,7 +124,8 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             const int row = task.strip * G::run, rows = std::min(G::run, out_rows - row);
             using S = Strip<G, Pixel>;
             const auto in = reading.read(x, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
-            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows), group.channels.template stored<Pixel>()};
+            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows),
+                                group.channels.template stored<Pixel>()};
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
@@ -180,6 +181,7 @@ struct Gradients {
     Plane<const T> x;  // without pixels where not needed
     Plane<T> dx;       // without pixels where not asked for
     const Group<G::k>& group;
+    Stored<T> stored;
     bool of_scale, of_bias;
     Total d_scale, d_shift, d_bias;
 
@@ -210,7 +212,6 @@ struct Gradients {
         }
         if (!dx.pixels) return;
         T* to = dx.at(run.row, run.column);
-        const Stored<T> stored = group.channels.template stored<T>();
         const Vec scale = group.scale, shift = group.shift;
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
             if (j >= run.count) return;
@@ -257,7 +258,8 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             using S = Strip<G, Pixel>;
             const auto in =
                 reading_dy.read(dy, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
-            Gradients<G, Pixel> finish{{}, {}, group, tensors.d_scale != nullptr, tensors.d_bias != nullptr, {}, {}, {}};
+            Gradients<G, Pixel> finish{{}, {}, group, group.channels.template stored<Pixel>(), tensors.d_scale != nullptr,
+                                       tensors.d_bias != nullptr, {}, {}, {}};
             if (needs_x) finish.x = reading_x.read(x, task.image, group.channels, row, end);
             if (tensors.dx) finish.dx = writing.write(dx, task.image, group.channels, row, end);
             Ahead ahead;

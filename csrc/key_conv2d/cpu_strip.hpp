@@ -246,12 +246,8 @@ private:
         filter<G>(input, inside, taps);
     }
 
-    // Two rows of outputs that lie next to each other need fewer multiplications together: with e the even and o the odd
-    // rows of the taps, and x the rows of the input from the first that they meet on,
-    //     both    = sum of  o[i] * (x[2 i + 1] + x[2 i + 2])
-    //     first   = both + sum of  (e[i] - o[i - 1]) * x[2 i]
-    //     second  = both + sum of  (e[i] - o[i]) * x[2 i + 1]
-    // For k = 7 these are 11 filtered rows in place of 14. No output meets anything from outside of its window.
+    // Two rows of outputs that lie next to each other share work as two columns do in `Paired`, with e the even and o the odd
+    // rows of the taps and x the rows of the input. For k = 7 these are 11 filtered rows in place of 14.
     template <class Finish>
     void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count,
                          Ahead& ahead) const {
@@ -264,8 +260,9 @@ private:
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[0][j] = group.start; });
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
-            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{input(row + t), in.row_stride}, inside, ahead);
-            else if (one || other) filter_row(taps_of(t), sums[0], input(row + t + other), inside, ahead);
+            const auto x = input(row + t + (other && !one));
+            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside, ahead);
+            else if (one || other) filter_row(taps_of(t), sums[0], x, inside, ahead);
         }
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
         for (int t = 0; t < K; t += 2) {
@@ -298,8 +295,8 @@ private:
         for (int t = 0; t < K; ++t) {
             int row;
             if (!G::input(first_row + r, t, row) || row < 0 || row >= in.rows) continue;
-            filter_row(in_registers<K>(group.taps + t * K), sums, Strided<const T>{in.at(row, column), in.column_stride}, inside,
-                       ahead);
+            const Strided<const T> input{in.at(row, column), in.column_stride};
+            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside, ahead);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
