@@ -23,7 +23,7 @@ s = conv(dy, ones),
 sums over n, h and w (<dy, conv(x, q)> = <conv(dy, q'), x>, the adjoint), so no gradient of k * k taps is ever formed.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from torch import Tensor
 from mkf.kernels.key_conv2d.structure import multiplications
 
 
-class KeyPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class KeyPlan:
     """K keys of k x k as they are cheapest to convolve with; contiguous tensors, float32 if not said otherwise.
 
     A key that is not `direct` equals, to the plan's tolerance,
@@ -39,7 +40,7 @@ class KeyPlan(NamedTuple):
         key[r, c] = sum over t < terms of columns[t, r] * rows[t, c] + box + (tap if (r, c) == (tap_row, tap_column))
 
     A plan is never written to, and the same keys get the same object again while they are in use, so what an
-    implementation derives from a plan can be kept with it: plans are equal only to themselves and hashed as quickly.
+    implementation derives from a plan can be kept with it: plans are equal only to themselves.
     Only keys that train get a new one each time.
 
     Attributes:
@@ -65,12 +66,6 @@ class KeyPlan(NamedTuple):
     tap_row: Tensor
     tap_column: Tensor
     error: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def multiply_adds(self, shift: bool = False) -> Tensor:
         """Multiply-adds per output of each key, (K,) int32: 2 k a term, 1 a tap, 2 k for a box, k * k if no cheaper.

@@ -41,7 +41,8 @@ def why_not_call(
 def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torch.Size, stride: int) -> Any:
     """The extension's object for one plan, which is known by its tensors and kept with them, and one size of x."""
     shape = (extension.DTYPES[dtype], channels_last, *size, plan.keys.shape[-1], stride)
-    addresses = [t.data_ptr() for t in plan[:9]]
+    factors = plan.direct, plan.terms, plan.columns, plan.rows, plan.box, plan.tap, plan.tap_row, plan.tap_column
+    addresses = [t.data_ptr() for t in (plan.keys, *factors)]
     return extension.native().KeyConv2dCpu(shape, (len(plan.keys), plan.columns.shape[1], addresses))
 
 

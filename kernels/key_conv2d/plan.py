@@ -1,5 +1,6 @@
 """From keys to the plan by which they are convolved with."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -36,9 +37,9 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     separable = [i for i, key in enumerate(found) if key.multiplications < keys[0].numel()]
     most = max((found[i].rank for i in separable), default=1) or 1
     shape = (len(keys), most, keys.shape[-1])
-    plan = KeyPlan(*(x.clone() for x in plan))
+    plan = KeyPlan(**{name: x.clone() for name, x in vars(plan).items()})
     columns, rows = (torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in range(2))
-    plan = plan._replace(keys=keys.detach().clone(), columns=columns, rows=rows)
+    plan = replace(plan, keys=keys.detach().clone(), columns=columns, rows=rows)
     for i in separable:
         key = found[i]
         plan.direct[i] = False
@@ -50,7 +51,7 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
             plan.tap_row[i], plan.tap_column[i], plan.tap[i] = tap
     missed = (torch.from_numpy(values) - plan.dense()).flatten(1).norm(dim=1)
     size = torch.from_numpy(values).flatten(1).norm(dim=1)
-    return plan._replace(error=torch.where(size > 0, missed / size, 0.0))
+    return replace(plan, error=torch.where(size > 0, missed / size, 0.0))
 
 
 def plan_of(keys: Tensor, tolerance: float | None) -> KeyPlan:
@@ -62,7 +63,7 @@ def plan_of(keys: Tensor, tolerance: float | None) -> KeyPlan:
             which are others at every step.
     """
     if tolerance is None:
-        return _all_direct(*keys.shape[:2])._replace(keys=keys.detach())
+        return replace(_all_direct(*keys.shape[:2]), keys=keys.detach())
     return _plans(keys, tolerance)
 
 

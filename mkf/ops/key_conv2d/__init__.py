@@ -16,6 +16,7 @@ from mkf.ops.key_conv2d.check import check_input, check_parameters
 Sizes = int | Sequence[int]
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def key_conv2d(
@@ -76,7 +77,7 @@ def key_conv2d(
     if _is_any_autocast_enabled():
         x = _autocast(x)
     options = stride, padding, dilation, tolerance, backend
-    if not eager.is_observed():
+    if not _is_dynamo_compiling():
         call = eager.find(x, keys, index, scale, shift, bias, options)
         if call is not None:
             return eager.run(call, x, keys, index, scale, shift, bias)

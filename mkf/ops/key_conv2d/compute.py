@@ -1,8 +1,9 @@
 """Calling an implementation of the key convolution, forward and backward."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from mkf.kernels.registry import choose
 from mkf.ops.key_conv2d.check import Pair, check_values, output_size
 
 
-class Call(NamedTuple):
+@dataclass(slots=True)
+class Call:
     """One call but for its data: what forward and backward have in common.
 
     Attributes:
@@ -26,18 +28,22 @@ class Call(NamedTuple):
             else has keeps its size and dtype whatever becomes of theirs.
         shift: (C,).
         layout: Of x and all that has its dimensions.
+        x_size: Of x.
         size: Of the output.
         options: Stride, padding, dilation, tolerance and backend.
+        guards_of_dy: What the eager backward pass knows its dy by.
     """
 
     implementation: ModuleType
     plan: KeyPlan
-    index: Tensor  # type: ignore[assignment]  # it hides the method of tuples
+    index: Tensor
     scale: Tensor
     shift: Tensor
     layout: torch.memory_format
+    x_size: Sequence[int]
     size: Sequence[int]
     options: tuple[Any, ...]
+    guards_of_dy: Any = None
 
 
 _empty_like = torch.empty_like  # looked up once: after a large layer the way to a name costs as much as the call
@@ -87,17 +93,19 @@ def prepare(
     )
     size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
     options = stride, padding, dilation, tolerance, backend
-    return Call(implementation.load(), plan, index, scale, shift, layout, size, options)
+    return Call(implementation.load(), plan, index, scale, shift, layout, tuple(x.shape), size, options)
 
 
 def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
     """The output for x and bias."""
-    implementation, plan, index, scale, shift, layout, size, (stride, padding, dilation, _, _) = call
-    x = x.contiguous(memory_format=layout)
-    out = _empty(size, x, layout)
-    if size[0] > 0:
+    stride, padding, dilation, _, _ = call.options
+    x = x.contiguous(memory_format=call.layout)
+    out = _empty(call.size, x, call.layout)
+    if call.size[0] > 0:
         bias = None if bias is None else bias.contiguous()
-        implementation.key_conv2d(x, plan, index, scale, shift, bias, stride, padding, dilation, out)
+        call.implementation.key_conv2d(
+            x, call.plan, call.index, call.scale, call.shift, bias, stride, padding, dilation, out
+        )
     return out
 
 
@@ -107,21 +115,20 @@ def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Te
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def gradients(
-    call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool], size: Sequence[int]
-) -> list[Tensor | None]:
-    """Gradients for x, keys, scale, shift and bias; None where none is wanted. `size` is that of x.
+def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients for x, keys, scale, shift and bias; None where none is wanted.
 
     Raises:
         RuntimeError: x is no longer what the output was computed of.
     """
-    if x is not None and (x.shape != tuple(size) or x.dtype != dy.dtype):
-        raise RuntimeError(f"x was {dy.dtype} {tuple(size)} in the forward pass, is {x.dtype} {tuple(x.shape)}")
-    implementation, plan, index, scale, shift, layout, _, (*geometry, _, _) = call
-    dy = dy.contiguous(memory_format=layout)
-    x = None if x is None else x.contiguous(memory_format=layout)
-    dx = _empty(size, dy, layout) if wanted[0] else None
-    d_scale, d_shift, d_bias = (torch.empty_like(shift) if w else None for w in wanted[2:])
+    if x is not None and (x.shape != call.x_size or x.dtype != dy.dtype):
+        raise RuntimeError(f"x was {dy.dtype} {call.x_size} in the forward pass, is {x.dtype} {tuple(x.shape)}")
+    plan, index, scale, shift = call.plan, call.index, call.scale, call.shift
+    geometry = call.options[:3]
+    dy = dy.contiguous(memory_format=call.layout)
+    x = None if x is None else x.contiguous(memory_format=call.layout)
+    dx = _empty(call.x_size, dy, call.layout) if wanted[0] else None
+    d_scale, d_shift, d_bias = (_empty_like(shift) if w else None for w in wanted[2:])
     d_keys = None
     if dy.shape[0] == 0:
         d_keys = torch.zeros_like(plan.keys) if wanted[1] else None
@@ -139,7 +146,7 @@ def gradients(
             d_shift.copy_(dw.sum((1, 2)))
         left = None, None
     if not (dx is None and d_bias is None and left == (None, None)):
-        implementation.key_conv2d_backward(dy, x, plan, index, scale, shift, *geometry, dx, *left, d_bias)
+        call.implementation.key_conv2d_backward(dy, x, plan, index, scale, shift, *geometry, dx, *left, d_bias)
     return [dx, d_keys, d_scale, d_shift, d_bias]
 
 

@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from mkf.kernels import extension
@@ -22,9 +22,9 @@ from mkf.ops.key_conv2d import compute
 
 PLAIN = frozenset((Tensor, Parameter))
 
-# Looked up once: after a large layer has emptied the caches, every step from name to name waits for memory.
+# Looked up once: after a large layer has emptied the caches, every step from name to name waits for memory, and every
+# function of torch that is asked for the first time since takes microseconds.
 _is_compiling = torch.compiler.is_compiling
-_is_profiled = torch.autograd._profiler_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -34,17 +34,22 @@ def is_transformed() -> bool:
     return not _is_compiling() and (forward_ad._current_level >= 0 or maybe_current_level() is not None)
 
 
-def is_observed() -> bool:
-    """Whether torch.compile, export, a dispatch mode, forward-mode differentiation or the profiler look at calls.
-
-    It is the part of `is_watched` that the guards of a kept call do not see.
-    """
-    return _is_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0 or _is_profiled()
-
-
 def is_watched() -> bool:
-    """Whether something wants to see operators or to change what they do: also torch.jit's tracing or torch.func."""
-    return is_observed() or torch._C._get_tracing_state() is not None or maybe_current_level() is not None
+    """Whether something wants to see operators or to change what they do.
+
+    That is torch.compile, export, tracing, a dispatch mode, the profiler, forward-mode differentiation or torch.func.
+    """
+    return (
+        _is_compiling()
+        or _is_unseen_by_guards()
+        or torch._C._get_tracing_state() is not None
+        or maybe_current_level() is not None
+    )
+
+
+def _is_unseen_by_guards() -> bool:
+    """The part of `is_watched` that `_guards` do not tell."""
+    return _dispatch_modes() > 0 or forward_ad._current_level >= 0 or profiler._is_profiler_enabled
 
 
 def are_plain(*tensors: Any) -> bool:
@@ -119,13 +124,18 @@ def find(
     if kept is None:
         return None
     call, guards, has_bias, kept_options, snapshot, _, _ = kept
-    if not (
-        options == kept_options
-        and (bias is not None) == has_bias
-        and (
-            guards.check(x, keys, index, scale, shift, bias) if has_bias else guards.check(x, keys, index, scale, shift)
+    if (
+        not (
+            options == kept_options
+            and (bias is not None) == has_bias
+            and (
+                guards.check(x, keys, index, scale, shift, bias)
+                if has_bias
+                else guards.check(x, keys, index, scale, shift)
+            )
+            and _holds(snapshot, keys, index, scale, shift)
         )
-        and _holds(snapshot, keys, index, scale, shift)
+        or _is_unseen_by_guards()
     ):
         return None
     return call
@@ -209,34 +219,47 @@ class _KeyConv2d(torch.autograd.Function):
         shift: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        _, x_trains, keys_train, _, scale_trains, shift_trains, bias_trains = ctx.needs_input_grad
-        ctx.wanted = x_trains, keys_train, scale_trains, shift_trains, bias_trains
+        _, _, keys_train, _, scale_trains, shift_trains, _ = ctx.needs_input_grad
         ctx.call = call
-        ctx.size = x.shape
         x_needed = keys_train or scale_trains or shift_trains
         ctx.save_for_backward(x if x_needed else None, keys if keys_train else None, scale, shift)
         return compute.forward(call, x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        call, wanted, size = ctx.call, ctx.wanted, ctx.size
+        call: compute.Call = ctx.call
         x, keys, scale, shift = ctx.saved_tensors
+        _, x_trains, keys_train, _, scale_trains, shift_trains, bias_trains = ctx.needs_input_grad
+        wanted = x_trains, keys_train, scale_trains, shift_trains, bias_trains
+        if (
+            not _is_grad_enabled()
+            and _is_as_always(call, dy)
+            and scale.data_ptr() == call.scale.data_ptr()
+            and shift.data_ptr() == call.shift.data_ptr()
+        ):  # else they were replaced, or a hook has stored copies
+            dx, d_keys, *others = compute.gradients(call, dy, x, wanted)
+            return None, dx, d_keys, None, *others
         saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
+        gradients: Sequence[Tensor | None]
         if _is_grad_enabled() or is_legacy_batchedtensor(dy):
             # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
-            gradients = _differentiable_gradients(dy, *saved, wanted, size, *call.options)
-        elif (
-            is_watched()
-            or not are_plain(dy)
-            or scale.data_ptr() != call.scale.data_ptr()
-            or shift.data_ptr() != call.shift.data_ptr()
-        ):  # the last two: they were replaced, or a hook has stored copies
-            gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, size, *call.options)
-            gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
+            gradients = _differentiable_gradients(dy, *saved, wanted, call.x_size, *call.options)
         else:
-            gradients = compute.gradients(call, dy, x, wanted, size)
+            gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, call.x_size, *call.options)
+            gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
         dx, d_keys, *others = gradients
         return None, dx, d_keys, None, *others
+
+
+def _is_as_always(call: compute.Call, dy: Tensor) -> bool:
+    """Whether dy is plain and nobody watches; quick where the dy before was."""
+    guards = call.guards_of_dy
+    if guards is None or not guards.check(dy):
+        if is_legacy_batchedtensor(dy) or is_watched() or not are_plain(dy):
+            return False
+        call.guards_of_dy = _guards(dy)
+        return True
+    return not _is_unseen_by_guards()
 
 
 def _differentiable_gradients(

@@ -38,8 +38,9 @@ def _backward(
     """Gradients for x, keys, scale, shift and bias; a tensor of no element where none is wanted."""
     layout = compute.layout_of(dy if x is None else x)
     like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
-    call = compute.prepare(like_x, keys, index, scale, shift, *options)._replace(layout=layout)
-    return tuple(dy.new_empty(0) if t is None else t for t in compute.gradients(call, dy, x, wanted, size))
+    call = compute.prepare(like_x, keys, index, scale, shift, *options)
+    call.layout = layout
+    return tuple(dy.new_empty(0) if t is None else t for t in compute.gradients(call, dy, x, wanted))
 
 
 def _backward_fake(
