@@ -31,6 +31,7 @@ using Mask = __mmask16;
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_int(std::int32_t* p, Vec a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+inline Vec load_int(const std::int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 inline void stream_int(std::int32_t* p, Vec a) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_cvtps_epi32(a.v));
@@ -73,6 +74,9 @@ inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_int(std::int32_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
+}
+inline Vec load_int(const std::int32_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 inline void stream_int(std::int32_t* p, Vec a) {
@@ -140,6 +144,7 @@ inline Vec load(const float* p) { Vec r; MKF_LANES r.v[i] = p[i]; return r; }
 inline void store(float* p, Vec a) { MKF_LANES p[i] = a.v[i]; }
 #endif
 inline void store_int(std::int32_t* p, Vec a) { MKF_LANES p[i] = static_cast<std::int32_t>(a.v[i]); }
+inline Vec load_int(const std::int32_t* p) { Vec r; MKF_LANES r.v[i] = static_cast<float>(p[i]); return r; }
 inline Vec abs(Vec a) { MKF_LANES a.v[i] = std::fabs(a.v[i]); return a; }
 inline Vec operator^(Vec a, Vec b) {
     std::uint32_t x[Vec::width], y[Vec::width];

@@ -53,14 +53,19 @@ KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     table.box = table.keys + taps;
     table.column_mirrors = table.box + 1;
     table.row_mirrors = table.column_mirrors + problem.most_terms;
-    values.assign(static_cast<std::size_t>(table.row_mirrors + problem.most_terms) * table.padded, 0.0f);
+    table.terms = table.row_mirrors + problem.most_terms;
+    table.tap = table.terms + 1;
+    table.direct = table.tap + 1;
+    table.splits = table.direct + 1;
+    values.assign(static_cast<std::size_t>(table.splits + 1) * table.padded, 0.0f);
     table.values = values.data();
-    splits.assign(problem.keys_count, 0);
-    table.splits = splits.data();
     place(problem.columns, 0, factors);
     place(problem.rows, table.rows, factors);
     place(problem.keys, table.keys, taps);
     place(problem.box, table.box, 1);
+    place(problem.terms, table.terms, 1);
+    place(problem.tap, table.tap, 1);
+    place(problem.direct, table.direct, 1);
     for (int j = 0; j < table.count; ++j) split(j);
     for (int number = 0; number < 2 * table.count; ++number) {
         for (int term = 0; term < problem.most_terms; ++term) {
@@ -70,10 +75,11 @@ KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
     }
 }
 
-void KeyConv2dCpu::place(const float* of_key, int first, int count) {
+template <class T>
+void KeyConv2dCpu::place(const T* of_key, int first, int count) {
     for (int j = 0; j < table.count; ++j)
         for (int i = 0; i < count; ++i)
-            value(first + i, j) = value(first + i, j + table.count) = of_key[j * count + i];
+            value(first + i, j) = value(first + i, j + table.count) = static_cast<float>(of_key[j * count + i]);
 }
 
 // How the factor that starts at an entry mirrors itself. Zeros do.
@@ -101,7 +107,7 @@ void KeyConv2dCpu::split(int key) {
         value(other + k + t, number) = (here - there) / 2;
         value(mirrored + k + t, number) = value(mirrored + t, key);
     }
-    splits[key] = 1;
+    value(table.splits, key) = 1.0f;
 }
 
 KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {

@@ -1,7 +1,7 @@
 // What one vector of channels multiplies by: the keys of its lanes, looked up in the plan and put into one common form.
 #pragma once
 
-#include <algorithm>
+#include <utility>
 
 #include "cpu_plane.hpp"
 #include "key_conv2d.hpp"
@@ -68,18 +68,21 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     const bool whole = weights == Weights::whole;
     const Vec scale = whole ? group.scale : broadcast(1.0f), shift = whole ? group.shift : zero();
 
-    std::int32_t key_of[Vec::width];
-    for (int i = 0; i < Vec::width; ++i) key_of[i] = p.index[channels.each[i]];
-
-    group.direct = false;
+    const Vec own_key = channels.pick(p.index);
+    const auto about = [&](int i) { return lookup(table.entry(i), table.count, own_key); };
+    const Vec terms = about(table.terms);
+    const unsigned tapped = bits(abs(about(table.tap)) > zero());
+    group.direct = bits(about(table.direct) > zero()) != 0;
     group.terms = group.single_taps = 0;
-    for (int i = 0; i < Vec::width; ++i) {
-        const int j = key_of[i];
-        group.direct |= p.direct[j];
-        group.terms = std::max(group.terms, p.terms[j]);
-        if (p.tap[j] == 0.0f) continue;
-        const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];
-        const int column = flipped ? K - 1 - p.tap_column[j] : p.tap_column[j];
+    while (bits(terms > broadcast(static_cast<float>(group.terms))) != 0) ++group.terms;
+
+    const auto of_lane = [&](int i) {  // its single tap
+        const int j = p.index[channels.each[i]], row = p.tap_row[j], column = p.tap_column[j];
+        return flipped ? std::pair(K - 1 - row, K - 1 - column) : std::pair(row, column);
+    };
+    for (int i = 0; tapped >> i != 0; ++i) {
+        if ((tapped >> i & 1) == 0) continue;
+        const auto [row, column] = of_lane(i);
         int at = 0;
         while (at < group.single_taps && (group.single[at].row != row || group.single[at].column != column)) ++at;
         if (at == most_single_taps) {
@@ -94,16 +97,10 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     group.direct |= 2 * K * group.terms + group.single_taps >= K * K;
 
     // Keys with fewer terms than others that they share the vector with may have one more.
-    float numbers[Vec::width];
-    bool any_split = false;
-    for (int i = 0; i < Vec::width; ++i) {
-        const int j = key_of[i];
-        const bool split = mirrors_pay && table.splits[j] && p.terms[j] < group.terms;
-        numbers[i] = static_cast<float>(split ? j + table.count : j);
-        any_split |= split;
-    }
-    const Vec key = load(numbers);
+    const Mask splits = (about(table.splits) > zero()) & (broadcast(static_cast<float>(group.terms)) > terms);
+    const bool any_split = mirrors_pay && bits(splits) != 0;
     const int count = any_split ? 2 * table.count : table.count;
+    const Vec key = any_split ? select(splits, own_key + broadcast(static_cast<float>(table.count)), own_key) : own_key;
     const auto entry = [&](int i) { return lookup(table.entry(i), count, key); };
     const auto mirror = [](Vec how) {  // 1, -1 or 0 a lane; 1 and -1 differ in their sign alone
         const bool exists = bits(abs(how) > zero()) == (1u << Vec::width) - 1;
@@ -131,13 +128,12 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     }
     if (group.single_taps == 0) return;
     float weight[most_single_taps][Vec::width] = {};
-    for (int i = 0; i < Vec::width; ++i) {
-        const int j = key_of[i];
-        if (p.tap[j] == 0.0f) continue;
-        const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];
-        const int column = flipped ? K - 1 - p.tap_column[j] : p.tap_column[j];
+    for (int i = 0; tapped >> i != 0; ++i) {
+        if ((tapped >> i & 1) == 0) continue;
+        const auto [row, column] = of_lane(i);
         for (int s = 0; s < group.single_taps; ++s)
-            if (group.single[s].row == row && group.single[s].column == column) weight[s][i] = p.tap[j];
+            if (group.single[s].row == row && group.single[s].column == column)
+                weight[s][i] = p.tap[p.index[channels.each[i]]];
     }
     for (int s = 0; s < group.single_taps; ++s) group.single[s].weight = scale * load(weight[s]);
 }

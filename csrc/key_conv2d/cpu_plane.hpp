@@ -37,6 +37,7 @@ using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, Last
 struct Channels {
     Lanes lanes{Vec::width};
     bool second = false;                 // of two that alternate
+    bool neighbours = false;             // in memory, and all there
     int skipped = 0;                     // of the first, which the vector before has
     std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
 
@@ -48,6 +49,7 @@ struct Channels {
             skipped = static_cast<int>(std::max<std::int64_t>(0, first + Vec::width - p.channels));
             first -= skipped;
         }
+        neighbours = arrangement == Arrangement::filling;
         lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
         second = arrangement == Arrangement::alternate && vector % 2 == 1;
         for (int i = 0; i < Vec::width; ++i) {
@@ -66,11 +68,19 @@ struct Channels {
 
     // One number of each, out of those of all channels; of NaNs the one that stays one when bfloat16 is made of it.
     Vec pick(const float* of_channel) const {
-        float values[Vec::width];
-        for (int i = 0; i < Vec::width; ++i) {
-            const float value = of_channel[each[i]];
-            values[i] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
-        }
+        const Vec values = pick(of_channel, [](const float* p) { return load(p); });
+        return select(abs(values) > broadcast(-1.0f), values, broadcast(std::numeric_limits<float>::quiet_NaN()));
+    }
+    Vec pick(const std::int32_t* of_channel) const {
+        return pick(of_channel, [](const std::int32_t* p) { return load_int(p); });
+    }
+
+private:
+    template <class T, class Load>
+    Vec pick(const T* of_channel, const Load& load) const {
+        if (neighbours) return load(of_channel + each[0]);
+        T values[Vec::width];
+        for (int i = 0; i < Vec::width; ++i) values[i] = of_channel[each[i]];
         return load(values);
     }
 };

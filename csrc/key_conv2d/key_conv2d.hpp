@@ -47,13 +47,13 @@ struct KeyConv2dBackward {
 
 // What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all
 // of its channels: (entries, padded) with the entries columns, rows, keys, box and how each column and each row mirrors itself:
-// 1 if it does, -1 if its negative does, else 0. Key j stands there twice: as j + count it has a term more where `splits[j]`,
-// and all its factors then mirror themselves.
+// 1 if it does, -1 if its negative does, else 0; then the key's terms, its tap, and 1 or 0: direct, splits. Key j stands there
+// twice: as j + count it has a term more where it splits, and all its factors then mirror themselves.
 struct KeyTable {
     const float* values;
-    const std::uint8_t* splits;
     int padded, count;
     int rows, keys, box, column_mirrors, row_mirrors;  // the first entries of each; the columns start at 0
+    int terms, tap, direct, splits;
 
     const float* entry(int i) const { return values + static_cast<std::int64_t>(i) * padded; }
 };
@@ -78,10 +78,10 @@ public:
 private:
     KeyConv2d problem;
     std::vector<float> values;
-    std::vector<std::uint8_t> splits;
     KeyTable table;
 
-    void place(const float* of_key, int first, int count);
+    template <class T>
+    void place(const T* of_key, int first, int count);
     float& value(int entry, int number) { return values[static_cast<std::size_t>(entry) * table.padded + number]; }
     void split(int key);
     float mirror(int first, int number);
