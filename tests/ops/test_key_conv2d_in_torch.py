@@ -115,13 +115,15 @@ class TestAutograd:
 class TestBetweenForwardAndBackward:
     """A gradient is of what was computed, whatever became of its inputs, or it is refused."""
 
-    def gradients(self, change=lambda problem: None, dy=None, of=4):
+    def gradients(self, change=lambda problem: None, dy=None, of=4, **options):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])
         leaves = [t.requires_grad_() for t in (problem.x, problem.scale, problem.shift, problem.bias)]
         call_and_keep(problem)
+        plain = noise(2, 12, 9, 8)
+        torch.autograd.grad(key_conv2d(*problem.tensors(), padding=3), leaves, plain)  # what may be kept of it is
         out = key_conv2d(*problem.tensors(), padding=3)
         change(problem)
-        return torch.autograd.grad(out, leaves[:of], noise(*out.shape) if dy is None else dy)
+        return torch.autograd.grad(out, leaves[:of], plain if dy is None else dy, **options)
 
     @pytest.mark.parametrize(
         "change",
@@ -174,6 +176,33 @@ class TestBetweenForwardAndBackward:
         for gradient, e in zip(self.gradients(dy=torch._neg_view(noise(2, 12, 9, 8))), expected, strict=True):
             torch.testing.assert_close(gradient, -e)
         assert not any(g.any() for g in self.gradients(dy=torch._efficientzerotensor((2, 12, 9, 8))))
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda dy: dy.to(memory_format=torch.channels_last),
+            lambda dy: dy.transpose(2, 3).contiguous().transpose(2, 3),
+            lambda dy: dy.clone().requires_grad_(),
+        ],
+    )
+    def test_gradients_that_lie_otherwise(self, other):
+        dy = noise(2, 12, 9, 8)
+        for gradient, e in zip(self.gradients(dy=other(dy)), self.gradients(dy=dy), strict=True):
+            torch.testing.assert_close(gradient, e)
+
+    def test_many_gradients_at_once_after_one(self):
+        dy = noise(3, 2, 12, 9, 8)
+        together = self.gradients(dy=dy, is_grads_batched=True)
+        for i in range(3):
+            for many, one in zip(together, self.gradients(dy=dy[i]), strict=True):
+                torch.testing.assert_close(many[i], one)
+
+    def test_gradients_of_gradients_after_one(self):
+        dy = noise(2, 12, 9, 8).requires_grad_()
+        dx, *_ = self.gradients(dy=dy, create_graph=True)
+        (expected,) = self.gradients(dy=dy.detach(), of=1)
+        torch.testing.assert_close(dx, expected)
+        assert torch.autograd.grad(dx.sum(), dy)[0].any()
 
     def test_checkpoints_compute_the_first_step_again(self):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])
@@ -356,6 +385,25 @@ class TestWatchers:
         with Watch():
             key_conv2d(*problem.tensors(), padding=3)
         assert "mkf.key_conv2d.default" in seen
+
+    def test_dispatch_modes_and_the_profiler_backward(self, problem):
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        seen = []
+        problem.x.requires_grad_()
+        outs = [key_conv2d(*problem.tensors(), padding=3) for _ in range(3)]
+        outs[0].sum().backward()
+        dy = torch.ones_like(outs[0])
+        torch.autograd.grad(outs[1], problem.x, dy, retain_graph=True)
+        with Watch():
+            torch.autograd.grad(outs[1], problem.x, dy)
+        assert "mkf.key_conv2d_backward.default" in seen
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(outs[2], problem.x, dy)
+        assert "mkf::key_conv2d_backward" in {event.key for event in profile.key_averages()}
 
     def test_the_profiler(self, problem):
         with torch.profiler.profile() as profile:
