@@ -1,8 +1,6 @@
 // What one vector of channels multiplies by: the keys of its lanes, looked up in the plan and put into one common form.
 #pragma once
 
-#include <utility>
-
 #include "cpu_plane.hpp"
 #include "key_conv2d.hpp"
 
@@ -76,21 +74,23 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     group.terms = group.single_taps = 0;
     while (bits(terms > broadcast(static_cast<float>(group.terms))) != 0) ++group.terms;
 
-    const auto of_lane = [&](int i) {  // its single tap
-        const int j = p.index[channels.each[i]], row = p.tap_row[j], column = p.tap_column[j];
-        return flipped ? std::pair(K - 1 - row, K - 1 - column) : std::pair(row, column);
-    };
+    float weights_of_taps[most_single_taps][Vec::width];
     for (int i = 0; tapped >> i != 0; ++i) {
         if ((tapped >> i & 1) == 0) continue;
-        const auto [row, column] = of_lane(i);
+        const int j = p.index[channels.each[i]];
+        const int row = flipped ? K - 1 - p.tap_row[j] : p.tap_row[j];
+        const int column = flipped ? K - 1 - p.tap_column[j] : p.tap_column[j];
         int at = 0;
         while (at < group.single_taps && (group.single[at].row != row || group.single[at].column != column)) ++at;
         if (at == most_single_taps) {
             group.direct = true;
-        } else if (at == group.single_taps) {
-            group.single[at] = {row, column, zero()};
-            ++group.single_taps;
+            break;
         }
+        if (at == group.single_taps) {
+            group.single[group.single_taps++] = {row, column, zero()};
+            store(weights_of_taps[at], zero());
+        }
+        weights_of_taps[at][i] = p.tap[j];
     }
     // Without the whole weights, the shift's part of the input's gradient needs the sum too.
     need_sum = need_sum || (!whole && bits(abs(group.shift) > zero()) != 0);
@@ -126,16 +126,7 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
         group.column_mirror[term] = mirror(entry(table.column_mirrors + term));
         group.row_mirror[term] = mirror(entry(table.row_mirrors + term));
     }
-    if (group.single_taps == 0) return;
-    float weight[most_single_taps][Vec::width] = {};
-    for (int i = 0; tapped >> i != 0; ++i) {
-        if ((tapped >> i & 1) == 0) continue;
-        const auto [row, column] = of_lane(i);
-        for (int s = 0; s < group.single_taps; ++s)
-            if (group.single[s].row == row && group.single[s].column == column)
-                weight[s][i] = p.tap[p.index[channels.each[i]]];
-    }
-    for (int s = 0; s < group.single_taps; ++s) group.single[s].weight = scale * load(weight[s]);
+    for (int s = 0; s < group.single_taps; ++s) group.single[s].weight = scale * load(weights_of_taps[s]);
 }
 
 }  // namespace mkf::MKF_ISA

@@ -364,6 +364,16 @@ class TestCompile:
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("kept", [False, True])
 class TestWatchers:
     """Whatever looks at torch's operators sees this one, also where the same call was made and kept before."""
@@ -376,31 +386,19 @@ class TestWatchers:
         return problem
 
     def test_dispatch_modes(self, problem):
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.append(str(function))
-                return function(*args, **(kwargs or {}))
-
-        seen = []
-        with Watch():
+        with Watch() as watch:
             key_conv2d(*problem.tensors(), padding=3)
-        assert "mkf.key_conv2d.default" in seen
+        assert "mkf.key_conv2d.default" in watch.seen
 
     def test_dispatch_modes_and_the_profiler_backward(self, problem):
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.append(str(function))
-                return function(*args, **(kwargs or {}))
-
-        seen = []
         problem.x.requires_grad_()
         outs = [key_conv2d(*problem.tensors(), padding=3) for _ in range(3)]
         outs[0].sum().backward()
         dy = torch.ones_like(outs[0])
         torch.autograd.grad(outs[1], problem.x, dy, retain_graph=True)
-        with Watch():
+        with Watch() as watch:
             torch.autograd.grad(outs[1], problem.x, dy)
-        assert "mkf.key_conv2d_backward.default" in seen
+        assert "mkf.key_conv2d_backward.default" in watch.seen
         with torch.profiler.profile() as profile:
             torch.autograd.grad(outs[2], problem.x, dy)
         assert "mkf::key_conv2d_backward" in {event.key for event in profile.key_averages()}

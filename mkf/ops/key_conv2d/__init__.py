@@ -77,7 +77,7 @@ def key_conv2d(
     if _is_any_autocast_enabled():
         x = _autocast(x)
     options = stride, padding, dilation, tolerance, backend
-    if not _is_dynamo_compiling():
+    if not _is_dynamo_compiling():  # which could not trace this; others that look at calls, `find` sees itself
         call = eager.find(x, keys, index, scale, shift, bias, options)
         if call is not None:
             return eager.run(call, x, keys, index, scale, shift, bias)

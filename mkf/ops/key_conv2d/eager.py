@@ -124,21 +124,16 @@ def find(
     if kept is None:
         return None
     call, guards, has_bias, kept_options, snapshot, _, _ = kept
-    if (
-        not (
-            options == kept_options
-            and (bias is not None) == has_bias
-            and (
-                guards.check(x, keys, index, scale, shift, bias)
-                if has_bias
-                else guards.check(x, keys, index, scale, shift)
-            )
-            and _holds(snapshot, keys, index, scale, shift)
+    holds = (
+        options == kept_options
+        and (bias is not None) == has_bias
+        and (
+            guards.check(x, keys, index, scale, shift, bias) if has_bias else guards.check(x, keys, index, scale, shift)
         )
-        or _is_unseen_by_guards()
-    ):
-        return None
-    return call
+        and _holds(snapshot, keys, index, scale, shift)
+        and not _is_unseen_by_guards()
+    )
+    return call if holds else None
 
 
 def keep(
