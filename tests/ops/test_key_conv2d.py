@@ -257,7 +257,6 @@ class TestArguments:
         [
             ({"x": torch.zeros(2, 12, 9, 8, dtype=torch.int64)}, "x is torch.int64"),
             ({"x": np.zeros((2, 12, 9, 8), np.float32)}, "x: expected a tensor, not ndarray"),
-            ({"x": noise(2, 12, 9, 8).to_sparse()}, "not a dense tensor"),
             ({"keys": np.zeros((8, 7, 7), np.float32)}, "keys: expected a KeySet or a tensor, not ndarray"),
             ({"keys": torch.zeros(8, 7, 7, dtype=torch.int32)}, "keys are torch.int32"),
             ({"index": [0] * 12}, "index: expected a tensor, not list"),
@@ -271,6 +270,19 @@ class TestArguments:
     def test_types_that_are_refused(self, call, changes, message):
         with pytest.raises(TypeError, match=message):
             call(**changes)
+
+    @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: noise(2, 12, 9, 8).to_sparse(), "torch.sparse_coo"),
+            (lambda: noise(12, 9).to_sparse_csr(), "torch.sparse_csr"),
+            (lambda: torch.nested.nested_tensor([noise(12, 9, 8)]), "nested"),
+        ],
+    )
+    def test_inputs_that_are_not_dense(self, call, make, message):
+        with pytest.raises(TypeError, match=f"x is not a dense tensor but {message}"):
+            call(x=make())
 
     @pytest.mark.parametrize("name", ["x", "keys", "index", "scale", "shift", "bias"])
     def test_tensors_on_several_devices(self, call, name):

@@ -234,6 +234,26 @@ class TestBetweenForwardAndBackward:
 
 
 class TestKeptCalls:
+    @pytest.mark.skipif(extension.missing() is not None, reason="calls are kept for what the extension computes")
+    def test_inputs_that_take_turns_are_all_kept(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        _, *others = problem.tensors()
+        options = 1, 3, 1, 0.0, None
+        first = [
+            noise(2, 12, 9, 8),
+            noise(2, 12, 9, 8).contiguous(memory_format=torch.channels_last),
+            noise(2, 12, 9, 8).requires_grad_(),
+            noise(2, 12, 8, 9),
+        ]
+        found = []
+        for _ in range(2):
+            for x in first:
+                key_conv2d(x, *others, padding=3)
+            found.append([eager.find(x, *others, options) for x in first])
+        assert len({id(call) for call in found[0]}) == len(first)
+        assert None not in found[0]
+        assert all(one is other for one, other in zip(*found, strict=True))
+
     def test_options_that_change_in_place_are_seen(self):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])
         padding = [3, 3]

@@ -32,8 +32,8 @@ def check_input(
     _check_tensor("x", x)
     if not isinstance(keys, Tensor):
         raise TypeError(f"keys: expected a KeySet or a tensor, not {type(keys).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x is not a dense tensor but {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"x is not a dense tensor but {'nested' if x.is_nested else x.layout}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}: convert it to float32, bfloat16, float16 or float64")
     if x.ndim not in (3, 4) or 0 in x.shape[-3:]:

@@ -102,8 +102,14 @@ class _Kept(NamedTuple):
 
 KEPT = 256  # calls; the oldest go first
 
-_kept: dict[tuple[int, torch.Size, bool], _Kept] = {}
+_Place = tuple[int, torch.Size, bool, bool]
+_kept: dict[_Place, _Kept] = {}
 _lock = RLock()  # what goes may call whatever waits for its end
+
+
+def _place(x: Tensor, scale: Tensor) -> _Place:
+    """Where a call is kept: beside those for other sizes and layouts of x, and for x with a gradient or without."""
+    return id(scale), x.shape, x.is_contiguous(), x.requires_grad
 
 
 def find(
@@ -115,12 +121,15 @@ def find(
     bias: Tensor | None,
     options: tuple[Any, ...],
 ) -> compute.Call | None:
-    """The call that was kept for these parameters and this size, if it is still right.
+    """The call that was kept for these parameters and this size and layout, if it is still right.
 
     Keys and index must hold the values they had, scale and shift, which change as they train, lie where they lay and be
     finite.
     """
-    kept = _kept.get((id(scale), x.shape, x.requires_grad)) if type(x) in PLAIN else None
+    try:
+        kept = _kept.get(_place(x, scale)) if type(x) in PLAIN else None
+    except RuntimeError:  # x is sparse or nested, and cannot say; to refuse it is left to the checks
+        return None
     if kept is None:
         return None
     call, guards, has_bias, kept_options, snapshot, _, _ = kept
@@ -159,7 +168,7 @@ def keep(
     guards, snapshot = _guards(x, *parameters), _snapshot(keys, index, scale, shift)
     if guards is None or snapshot is None:
         return
-    place = id(scale), x.shape, x.requires_grad
+    place = _place(x, scale)
     pinned, end = (keys.detach(), index.detach()), ref(scale, lambda _: _kept.pop(place, None))
     kept = _Kept(call, guards, bias is not None, options, snapshot, pinned, end)
     with _lock:
