@@ -21,11 +21,13 @@ struct Task {
 // the order may.
 //
 // Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what neighbouring
-// strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if all channels took
-// turns on a strip, as they do in bfloat16, where there is half as much of it. Where there are fewer images than threads, bands
-// of strips are as many as threads: shares of an image that were whole vectors would cost more for some keys than for others.
+// strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if many channels took
+// turns on a strip. Few do, as otherwise a vector that is left over fetches lines of which it wants half, and so do all in
+// bfloat16, where there is half as much. Where there are fewer images than threads, bands of strips are as many as threads:
+// shares of an image that were whole vectors would cost more for some keys than for others.
 template <class G>
 struct Tasks {
+    static constexpr int most_at_once = 48 / Vec::width;
     int groups, strips, together, band;
     bool all_at_once;  // all channels take turns on a strip
     std::int64_t count;
@@ -33,7 +35,7 @@ struct Tasks {
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
-          together(!p.channels_last ? 1 : p.dtype == DType::float32 ? 32 / Vec::width : groups),
+          together(!p.channels_last ? 1 : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width : groups),
           all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
           count(p.batch * strips * groups) {
         const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
