@@ -5,10 +5,12 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <tuple>
 
 #include "affine_fit/affine_fit.hpp"
+#include "common/bound_function.hpp"
 #include "common/snapshot.hpp"
 #include "key_conv2d/cuda.hpp"
 #include "key_conv2d/key_conv2d.hpp"
@@ -45,13 +47,41 @@ mkf::KeyConv2d key_conv2d_problem(const ConvShape& shape, const ConvPlan& plan) 
     const auto& [keys_count, most_terms, at] = plan;
     if (k < 3 || k > 11 || k % 2 == 0 || stride < 1 || stride > 2 || keys_count < 1 || most_terms < 1)
         throw std::invalid_argument("key_conv2d: k must be odd, 3 to 11, the stride 1 or 2, with at least one key");
-    if (batch < 1 || channel_count < 1 || height < 1 || width < 1)
-        throw std::invalid_argument("key_conv2d: an empty tensor");
+    if (batch < 0 || channel_count < 1 || height < 1 || width < 1)
+        throw std::invalid_argument("key_conv2d: only the batch may be empty");
     return {static_cast<mkf::DType>(dtype), channels_last, batch, channel_count, height, width, k, stride,
             keys_count, most_terms, pointer<const float>(at[0]), pointer<const bool>(at[1]),
             pointer<const std::int32_t>(at[2]), pointer<const float>(at[3]), pointer<const float>(at[4]),
             pointer<const float>(at[5]), pointer<const float>(at[6]), pointer<const std::int32_t>(at[7]),
             pointer<const std::int32_t>(at[8]), nullptr, nullptr, nullptr, nullptr};
+}
+
+bool holds(const mkf::Snapshot& snapshot, std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale,
+           std::uintptr_t shift) {
+    return snapshot.holds(pointer<const void>(keys), pointer<const void>(index), pointer<const float>(scale),
+                          pointer<const float>(shift));
+}
+
+struct KeyConv2dLayer {
+    std::shared_ptr<const mkf::KeyConv2dCpu> conv;
+    mkf::KeyConv2dChannels channels;
+};
+
+void forward(const KeyConv2dLayer& layer, int threads, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t out) {
+    const mkf::Isa isa = mkf::isa_in_use();
+    py::gil_scoped_release release;
+    layer.conv->forward(layer.channels, {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out)}, isa,
+                        threads);
+}
+
+void backward(const KeyConv2dLayer& layer, int threads, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t dx,
+              std::uintptr_t d_scale, std::uintptr_t d_shift, std::uintptr_t d_bias) {
+    const mkf::Isa isa = mkf::isa_in_use();
+    py::gil_scoped_release release;
+    layer.conv->backward(layer.channels,
+                         {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx), pointer<float>(d_scale),
+                          pointer<float>(d_shift), pointer<float>(d_bias)},
+                         isa, threads);
 }
 
 #if defined(MKF_WITH_CUDA)
@@ -120,53 +150,35 @@ PYBIND11_MODULE(_native, m) {
         py::arg("keys_count"), py::arg("best"), py::arg("positive"), py::arg("index"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("threads"));
 
-    py::class_<mkf::Snapshot>(m, "Snapshot", "Keys and index, where scale and shift lie, and MKF_BACKEND, as they are.")
-        .def(py::init([](std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift,
-                         std::size_t key_bytes, std::size_t channels) {
-                 return new mkf::Snapshot(pointer<const void>(keys), pointer<const void>(index),
-                                          pointer<const float>(scale), pointer<const float>(shift), key_bytes, channels);
-             }),
-             py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"),
-             py::arg("channels"))
-        .def(
-            "holds",
-            [](const mkf::Snapshot& snapshot, std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale,
-               std::uintptr_t shift) {
-                return snapshot.holds(pointer<const void>(keys), pointer<const void>(index),
-                                      pointer<const float>(scale), pointer<const float>(shift));
-            },
-            py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"),
-            "Whether they still are so, and scale and shift finite.");
+    m.def(
+        "snapshot",
+        [](std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift, std::size_t key_bytes,
+           std::size_t channels) {
+            return mkf::BoundFunction<holds>::on(
+                mkf::hold(mkf::Snapshot(pointer<const void>(keys), pointer<const void>(index),
+                                        pointer<const float>(scale), pointer<const float>(shift), key_bytes, channels)));
+        },
+        py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"), py::arg("channels"),
+        "A function (keys, index, scale, shift) that tells whether keys and index hold what they do now, scale and shift "
+        "lie where they do now and are finite, and MKF_BACKEND is the same.");
 
-    // Arguments without names: these are called for every layer, and names take as long as the rest.
-    py::class_<mkf::KeyConv2dCpu>(m, "KeyConv2dCpu", "The key convolution of one plan and one size.")
+    py::class_<mkf::KeyConv2dCpu, std::shared_ptr<mkf::KeyConv2dCpu>>(m, "KeyConv2dCpu",
+                                                                      "The key convolution of one plan and one size.")
         .def(py::init([](const ConvShape& shape, const ConvPlan& plan) {
-                 return new mkf::KeyConv2dCpu(key_conv2d_problem(shape, plan));
+                 return std::make_shared<mkf::KeyConv2dCpu>(key_conv2d_problem(shape, plan));
              }),
              py::arg("shape"), py::arg("plan"))
         .def(
-            "forward",
-            [](const mkf::KeyConv2dCpu& conv, int threads, std::uintptr_t index, std::uintptr_t scale,
-               std::uintptr_t shift, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t out) {
-                const mkf::Isa isa = mkf::isa_in_use();
-                py::gil_scoped_release release;
-                conv.forward({pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)},
-                             {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out)}, isa, threads);
+            "bind",
+            [](const std::shared_ptr<mkf::KeyConv2dCpu>& conv, std::uintptr_t index, std::uintptr_t scale,
+               std::uintptr_t shift) {
+                const py::capsule layer = mkf::hold(KeyConv2dLayer{
+                    conv, {pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)}});
+                return py::make_tuple(mkf::BoundFunction<forward>::on(layer), mkf::BoundFunction<backward>::on(layer));
             },
-            "(threads, index, scale, shift, bias, x, out)")
-        .def(
-            "backward",
-            [](const mkf::KeyConv2dCpu& conv, int threads, std::uintptr_t index, std::uintptr_t scale,
-               std::uintptr_t shift, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t dx, std::uintptr_t d_scale,
-               std::uintptr_t d_shift, std::uintptr_t d_bias) {
-                const mkf::Isa isa = mkf::isa_in_use();
-                py::gil_scoped_release release;
-                conv.backward({pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)},
-                              {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx),
-                               pointer<float>(d_scale), pointer<float>(d_shift), pointer<float>(d_bias)},
-                              isa, threads);
-            },
-            "(threads, index, scale, shift, dy, x, dx, d_scale, d_shift, d_bias)");
+            py::arg("index"), py::arg("scale"), py::arg("shift"),
+            "The functions forward(threads, bias, x, out) and backward(threads, dy, x, dx, d_scale, d_shift, d_bias) of a "
+            "layer.");
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;

@@ -15,6 +15,9 @@ asked for; `x` is None where only dx or d_bias are. `stride`, `padding` and `dil
 The fast implementations serve stride 1 and 2, dilation 1 and 'same' zero padding, k // 2 on every side. No N, C, H or W
 is 0. Results do not depend on the number of threads, bit for bit.
 
+A module may have a third function, `bind(x, plan, index, scale, shift, stride, padding, dilation)`, whose result is a
+`Bound` of its own and knows from the beginning what the two functions find out at every call.
+
 One pass over dy and x gives every gradient: with key' the key turned by 180 degrees and z = conv(dy, key'[index]),
 s = conv(dy, ones),
 
@@ -24,11 +27,15 @@ sums over n, h and w (<dy, conv(x, q)> = <conv(dy, q'), x>, the adjoint), so no 
 """
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mkf.kernels.key_conv2d.structure import multiplications
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,3 +116,33 @@ class KeyPlan:
         if self.tap[i] != 0:
             parts.append(f"tap at ({self.tap_row[i]}, {self.tap_column[i]})")
         return " + ".join(parts) or "nothing"
+
+
+class Bound:
+    """The two functions of an implementation with everything settled but the data; every x has the size of the first.
+
+    Args:
+        module: The implementation.
+        parameters: plan, index, scale, shift, stride, padding and dilation, which are held as long.
+    """
+
+    def __init__(self, module: ModuleType, *parameters: Any) -> None:
+        self.module = module
+        self.parameters = parameters
+
+    def forward(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """As `key_conv2d`."""
+        *filters, stride, padding, dilation = self.parameters
+        self.module.key_conv2d(x, *filters, bias, stride, padding, dilation, out)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        dx: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> None:
+        """As `key_conv2d_backward`."""
+        self.module.key_conv2d_backward(dy, x, *self.parameters, dx, d_scale, d_shift, d_bias)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mkf.kernels import extension
 from mkf.kernels.gpu import why_not_cuda
-from mkf.kernels.key_conv2d import KeyPlan, device_plan
-from mkf.kernels.key_conv2d.device_plan import Pair
+from mkf.kernels.key_conv2d import KeyPlan, Pair, device_plan
 
 
 def why_not(device: torch.device) -> str | None:

@@ -5,12 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mkf.kernels.key_conv2d import KeyPlan
+from mkf.kernels.key_conv2d import KeyPlan, Pair
 
 MOST_TERMS = 2  # beyond it k * k taps are as cheap
 DIRECT = 2  # the form of a key of k * k taps; terms - 1 are the others
-
-Pair = tuple[int, int]
 
 
 def why_not_call(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair) -> str | None:

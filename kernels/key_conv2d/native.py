@@ -1,5 +1,6 @@
 """The key convolution in C++ (csrc/key_conv2d/cpu_kernel.hpp)."""
 
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mkf.kernels import extension
-from mkf.kernels.key_conv2d import KeyPlan
+from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
 _num_threads = torch.get_num_threads  # looked up once, as this is called for every layer
 
@@ -19,9 +20,7 @@ def why_not(device: torch.device) -> str | None:
     return extension.missing()
 
 
-def why_not_call(
-    x: Tensor, plan: KeyPlan, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> str | None:
+def why_not_call(x: Tensor, plan: KeyPlan, stride: Pair, padding: Pair, dilation: Pair) -> str | None:
     """Serves float32 and bfloat16, stride 1 and 2, dilation 1 and 'same' zero padding."""
     k = plan.keys.shape[-1]
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -46,8 +45,42 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
     return extension.native().KeyConv2dCpu(shape, (len(plan.keys), plan.columns.shape[1], addresses))
 
 
-def _threads(x: Tensor) -> int:
-    return max(1, min(_num_threads(), x.numel() // PER_THREAD))
+class _Bound(Bound):
+    """Uses as many threads as torch does."""
+
+    def __init__(
+        self, x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *others: Pair
+    ) -> None:
+        super().__init__(sys.modules[__name__], plan, index, scale, shift, stride, *others)
+        prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
+        self._forward, self._backward = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+        self._most_threads = max(1, x.numel() // PER_THREAD)
+
+    def forward(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        threads = min(_num_threads(), self._most_threads)
+        self._forward(threads, 0 if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr())
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        dx: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> None:
+        self._backward(
+            min(_num_threads(), self._most_threads),
+            dy.data_ptr(),
+            0 if x is None else x.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            0 if d_scale is None else d_scale.data_ptr(),
+            0 if d_shift is None else d_shift.data_ptr(),
+            0 if d_bias is None else d_bias.data_ptr(),
+        )
+
+
+bind = _Bound
 
 
 def key_conv2d(
@@ -57,21 +90,13 @@ def key_conv2d(
     scale: Tensor,
     shift: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     out: Tensor,
 ) -> None:
-    """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does."""
-    _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0]).forward(
-        _threads(x),
-        index.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        out.data_ptr(),
-    )
+    """See `mkf.kernels.key_conv2d`."""
+    bind(x, plan, index, scale, shift, stride, padding, dilation).forward(x, bias, out)
 
 
 def key_conv2d_backward(
@@ -81,23 +106,17 @@ def key_conv2d_backward(
     index: Tensor,
     scale: Tensor,
     shift: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     dx: Tensor | None,
     d_scale: Tensor | None,
     d_shift: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    """See `mkf.kernels.key_conv2d`. One pass over dy and x; uses as many threads as torch does."""
-    like, step = dx if x is None else x, stride[0]
+    """See `mkf.kernels.key_conv2d`. One pass over dy and x."""
+    like = dx if x is None else x
     if like is None:  # then only d_bias is wanted, for which the stride and what x looks like do not matter
-        like, step = dy, 1
-    _prepared(plan, like.dtype, not like.is_contiguous(), like.shape, step).backward(
-        _threads(like),
-        index.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        dy.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (x, dx, d_scale, d_shift, d_bias)),
-    )
+        like, stride = dy, (1, 1)
+    bound = bind(like, plan, index, scale, shift, stride, padding, dilation)
+    bound.backward(dy, x, dx, d_scale, d_shift, d_bias)

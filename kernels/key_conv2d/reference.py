@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mkf.kernels.key_conv2d import KeyPlan
-
-Pair = tuple[int, int]
+from mkf.kernels.key_conv2d import KeyPlan, Pair
 
 
 def why_not(device: torch.device) -> str | None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.gpu import why_not_triton
-from mkf.kernels.key_conv2d import KeyPlan, device_plan
-from mkf.kernels.key_conv2d.device_plan import Pair
+from mkf.kernels.key_conv2d import KeyPlan, Pair, device_plan
 
 TILES = {True: (8, 4, 32), False: (8, 32, 4)}  # rows, columns and channels of a program, in NHWC and in NCHW
 WARPS = 4

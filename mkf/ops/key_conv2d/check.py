@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.derived import Derived
+from mkf.kernels.key_conv2d import Pair
 from mkf.ops.arguments import INTEGERS
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-Pair = tuple[int, int]
 
 
 def check_input(

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mkf.kernels.key_conv2d import KeyPlan
+from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.key_conv2d.reference import weight_gradient
 from mkf.kernels.registry import choose
-from mkf.ops.key_conv2d.check import Pair, check_values, output_size
+from mkf.ops.key_conv2d.check import check_values, output_size
 
 
 @dataclass(slots=True)
@@ -21,7 +20,7 @@ class Call:
     """One call but for its data: what forward and backward have in common.
 
     Attributes:
-        implementation: The module that computes.
+        kernel: What computes.
         plan: Of the keys.
         index: (C,), of its own, so that a gradient is of what was computed.
         scale: (C,), contiguous, the memory of the caller's where that can be, as the next: only a tensor that nobody
@@ -34,7 +33,7 @@ class Call:
         guards_of_dy: What the eager backward pass knows its dy by.
     """
 
-    implementation: ModuleType
+    kernel: Bound
     plan: KeyPlan
     index: Tensor
     scale: Tensor
@@ -92,20 +91,18 @@ def prepare(
         "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
     )
     size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
+    module, parameters = implementation.load(), (plan, index, scale, shift, stride, padding, dilation)
+    kernel = module.bind(x, *parameters) if hasattr(module, "bind") else Bound(module, *parameters)
     options = stride, padding, dilation, tolerance, backend
-    return Call(implementation.load(), plan, index, scale, shift, layout, tuple(x.shape), size, options)
+    return Call(kernel, plan, index, scale, shift, layout, tuple(x.shape), size, options)
 
 
 def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
     """The output for x and bias."""
-    stride, padding, dilation, _, _ = call.options
     x = x.contiguous(memory_format=call.layout)
     out = _empty(call.size, x, call.layout)
     if call.size[0] > 0:
-        bias = None if bias is None else bias.contiguous()
-        call.implementation.key_conv2d(
-            x, call.plan, call.index, call.scale, call.shift, bias, stride, padding, dilation, out
-        )
+        call.kernel.forward(x, None if bias is None else bias.contiguous(), out)
     return out
 
 
@@ -123,30 +120,32 @@ def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) 
     """
     if x is not None and (x.shape != call.x_size or x.dtype != dy.dtype):
         raise RuntimeError(f"x was {dy.dtype} {call.x_size} in the forward pass, is {x.dtype} {tuple(x.shape)}")
-    plan, index, scale, shift = call.plan, call.index, call.scale, call.shift
-    geometry = call.options[:3]
+    x_trains, keys_train, scale_trains, shift_trains, bias_trains = wanted
     dy = dy.contiguous(memory_format=call.layout)
     x = None if x is None else x.contiguous(memory_format=call.layout)
-    dx = _empty(call.x_size, dy, call.layout) if wanted[0] else None
-    d_scale, d_shift, d_bias = (_empty_like(shift) if w else None for w in wanted[2:])
+    dx = _empty(call.x_size, dy, call.layout) if x_trains else None
+    d_scale = _empty_like(call.shift) if scale_trains else None
+    d_shift = _empty_like(call.shift) if shift_trains else None
+    d_bias = _empty_like(call.shift) if bias_trains else None
     d_keys = None
-    if dy.shape[0] == 0:
-        d_keys = torch.zeros_like(plan.keys) if wanted[1] else None
+    if call.size[0] == 0:
+        d_keys = torch.zeros_like(call.plan.keys) if keys_train else None
         return [None if t is None else t.zero_() for t in (dx, d_keys, d_scale, d_shift, d_bias)]
     left = d_scale, d_shift
-    if wanted[1]:
+    if keys_train:
         # There must be a gradient of every filter; from it scale and shift have theirs too.
         assert x is not None
-        dw = weight_gradient(dy, x, plan.keys.shape[-1], *geometry)
-        member = index == torch.arange(len(plan.keys), device=index.device)[:, None]  # a product with it adds up by key
-        d_keys = ((member * scale) @ dw.flatten(1)).view_as(plan.keys)
+        keys, index = call.plan.keys, call.index
+        dw = weight_gradient(dy, x, keys.shape[-1], *call.options[:3])
+        member = index == torch.arange(len(keys), device=index.device)[:, None]  # a product with it adds up by key
+        d_keys = ((member * call.scale) @ dw.flatten(1)).view_as(keys)
         if d_scale is not None:
-            d_scale.copy_((dw * plan.keys[index]).sum((1, 2)))
+            d_scale.copy_((dw * keys[index]).sum((1, 2)))
         if d_shift is not None:
             d_shift.copy_(dw.sum((1, 2)))
         left = None, None
     if not (dx is None and d_bias is None and left == (None, None)):
-        call.implementation.key_conv2d_backward(dy, x, plan, index, scale, shift, *geometry, dx, *left, d_bias)
+        call.kernel.backward(dy, x, dx, *left, d_bias)
     return [dx, d_keys, d_scale, d_shift, d_bias]
 
 

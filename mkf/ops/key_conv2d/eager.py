@@ -200,14 +200,14 @@ def _snapshot(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> Any:
     if extension.missing():
         return None
     addresses = keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr()
-    return extension.native().Snapshot(*addresses, keys.nbytes, len(index))
+    return extension.native().snapshot(*addresses, keys.nbytes, len(index))
 
 
 def _holds(snapshot: Any, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> bool:
     """Whether all is as it was, and on the CPU also whether scale and shift are finite."""
     if not keys.is_cpu:
         return bool(snapshot == _snapshot(keys, index, scale, shift))
-    holds: bool = snapshot.holds(keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+    holds: bool = snapshot(keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr())
     return holds
 
 
