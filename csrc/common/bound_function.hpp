@@ -5,8 +5,9 @@
 #include <pybind11/pybind11.h>
 
 #include <exception>
-#include <stdexcept>
+#include <new>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 namespace mkf {
@@ -57,7 +58,7 @@ private:
     }
 };
 
-// A capsule for it.
+// A capsule that owns an object.
 template <class Object>
 pybind11::capsule hold(Object object) {
     return pybind11::capsule(new Object(std::move(object)), [](void* held) { delete static_cast<Object*>(held); });

@@ -46,7 +46,7 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
 
 
 class _Bound(Bound):
-    """Uses as many threads as torch does."""
+    """Uses as many threads as torch does. Its functions read the memory of the parameters."""
 
     def __init__(
         self, x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *others: Pair

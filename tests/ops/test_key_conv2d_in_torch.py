@@ -233,6 +233,14 @@ class TestBetweenForwardAndBackward:
         assert len(done) == 2
 
 
+def test_a_gradient_of_another_size_is_refused():
+    problem = Problem((2, 12, 9, 8), KEYS["centred"])
+    x, *parameters, _ = problem.tensors()
+    arguments = [True, False, True, True, True], x.shape, (1, 1), (3, 3), (1, 1), 0.0, ""
+    with pytest.raises(ValueError, match=r"dy has shape \(2, 12, 8, 8\), but the output has \(2, 12, 9, 8\)"):
+        torch.ops.mkf.key_conv2d_backward(noise(2, 12, 8, 8), x, *parameters, *arguments)
+
+
 class TestKeptCalls:
     @pytest.mark.skipif(extension.missing() is not None, reason="calls are kept for what the extension computes")
     def test_inputs_that_take_turns_are_all_kept(self):

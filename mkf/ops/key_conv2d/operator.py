@@ -40,6 +40,8 @@ def _backward(
     like_x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=layout)
     call = compute.prepare(like_x, keys, index, scale, shift, *options)
     call.layout = layout
+    if dy.shape != call.size:
+        raise ValueError(f"dy has shape {tuple(dy.shape)}, but the output has {tuple(call.size)}")
     return tuple(dy.new_empty(0) if t is None else t for t in compute.gradients(call, dy, x, wanted))
 
 
