@@ -26,6 +26,7 @@ s = conv(dy, ones),
 sums over n, h and w (<dy, conv(x, q)> = <conv(dy, q'), x>, the adjoint), so no gradient of k * k taps is ever formed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -118,31 +119,32 @@ class KeyPlan:
         return " + ".join(parts) or "nothing"
 
 
+@dataclass(frozen=True, slots=True)
 class Bound:
-    """The two functions of an implementation with everything settled but the data; every x has the size of the first.
+    """The two functions of an implementation with all settled but the data, for every x of one size, dtype and layout.
 
-    Args:
-        module: The implementation.
-        parameters: plan, index, scale, shift, stride, padding and dilation, which are held as long.
+    Attributes:
+        forward: Of x, bias and out, as `key_conv2d`.
+        backward: Of dy, x, dx, d_scale, d_shift and d_bias, as `key_conv2d_backward`.
+        parameters: plan, index, scale and shift, whose memory they read.
     """
 
-    def __init__(self, module: ModuleType, *parameters: Any) -> None:
-        self.module = module
-        self.parameters = parameters
+    forward: Callable[[Tensor, Tensor | None, Tensor], None]
+    backward: Callable[..., None]
+    parameters: tuple[KeyPlan, Tensor, Tensor, Tensor]
 
-    def forward(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """As `key_conv2d`."""
-        *filters, stride, padding, dilation = self.parameters
-        self.module.key_conv2d(x, *filters, bias, stride, padding, dilation, out)
+    @classmethod
+    def of(cls, module: ModuleType, x: Tensor, *settled: Any) -> "Bound":
+        """Of an implementation, for x and plan, index, scale, shift, stride, padding and dilation."""
+        if hasattr(module, "bind"):
+            bound: Bound = module.bind(x, *settled)
+            return bound
+        *parameters, stride, padding, dilation = settled
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor | None,
-        dx: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        """As `key_conv2d_backward`."""
-        self.module.key_conv2d_backward(dy, x, *self.parameters, dx, d_scale, d_shift, d_bias)
+        def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+            module.key_conv2d(x, *parameters, bias, stride, padding, dilation, out)
+
+        def backward(dy: Tensor, x: Tensor | None, *gradients: Tensor | None) -> None:
+            module.key_conv2d_backward(dy, x, *settled, *gradients)
+
+        return cls(forward, backward, settled[:4])

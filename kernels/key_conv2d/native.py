@@ -1,6 +1,5 @@
 """The key convolution in C++ (csrc/key_conv2d/cpu_kernel.hpp)."""
 
-import sys
 from functools import lru_cache
 from typing import Any
 
@@ -45,42 +44,30 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
     return extension.native().KeyConv2dCpu(shape, (len(plan.keys), plan.columns.shape[1], addresses))
 
 
-class _Bound(Bound):
-    """Uses as many threads as torch does. Its functions read the memory of the parameters."""
+def bind(
+    x: Tensor,
+    plan: KeyPlan,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Bound:
+    """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, unless x is small."""
+    prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
+    convolve, differentiate = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+    most_threads = max(1, x.numel() // PER_THREAD)
 
-    def __init__(
-        self, x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *others: Pair
-    ) -> None:
-        super().__init__(sys.modules[__name__], plan, index, scale, shift, stride, *others)
-        prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
-        self._forward, self._backward = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
-        self._most_threads = max(1, x.numel() // PER_THREAD)
+    def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        threads = min(_num_threads(), most_threads)
+        convolve(threads, 0 if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr())
 
-    def forward(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        threads = min(_num_threads(), self._most_threads)
-        self._forward(threads, 0 if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr())
+    def backward(*tensors: Tensor | None) -> None:
+        threads = min(_num_threads(), most_threads)
+        differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor | None,
-        dx: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        self._backward(
-            min(_num_threads(), self._most_threads),
-            dy.data_ptr(),
-            0 if x is None else x.data_ptr(),
-            0 if dx is None else dx.data_ptr(),
-            0 if d_scale is None else d_scale.data_ptr(),
-            0 if d_shift is None else d_shift.data_ptr(),
-            0 if d_bias is None else d_bias.data_ptr(),
-        )
-
-
-bind = _Bound
+    return Bound(forward, backward, (plan, index, scale, shift))
 
 
 def key_conv2d(

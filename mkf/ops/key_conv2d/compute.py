@@ -91,8 +91,7 @@ def prepare(
         "key_conv2d", x.device, backend, lambda module: module.why_not_call(x, plan, stride, padding, dilation)
     )
     size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
-    module, parameters = implementation.load(), (plan, index, scale, shift, stride, padding, dilation)
-    kernel = module.bind(x, *parameters) if hasattr(module, "bind") else Bound(module, *parameters)
+    kernel = Bound.of(implementation.load(), x, plan, index, scale, shift, stride, padding, dilation)
     options = stride, padding, dilation, tolerance, backend
     return Call(kernel, plan, index, scale, shift, layout, tuple(x.shape), size, options)
 
