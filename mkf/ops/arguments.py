@@ -18,7 +18,7 @@ class CentredKeys(NamedTuple):
     """Keys without their means.
 
     Attributes:
-        unit: (K, k*k) float64, centred and divided by their norms.
+        unit: (K, k*k) float64, contiguous, centred and divided by their norms.
         norm: (K,) float64, norms of the centred keys.
         mean: (K,) float64.
     """
@@ -59,7 +59,7 @@ def keys_tensor(keys: Any, filters: Tensor) -> Tensor:
 
 def centred_keys(keys: Tensor) -> CentredKeys:
     """Centre and normalise keys in float64, refusing those that cannot be."""
-    q = keys.detach().flatten(1).double()
+    q = keys.detach().flatten(1).double().contiguous()  # without a copy, flatten keeps the strides of a permuted tensor
     mean = q.mean(1)
     centred = q - mean[:, None]
     norm = centred.norm(dim=1)

@@ -33,6 +33,23 @@ def test_shapes_and_containers_are_the_same_fit(filters, keys):
         assert all(torch.equal(x, y) for x, y in zip(fit, same, strict=True))
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: torch.cat([x, x], 2)[:, :, :7],
+        lambda x: x.repeat_interleave(2, 0)[::2],
+    ],
+)
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+def test_keys_of_any_strides(filters, keys, view, backend):
+    strided = view(keys)
+    assert torch.equal(strided, keys) and not strided.is_contiguous()
+    fits = (mkf.affine_fit(filters, q, topk=4, backend=backend) for q in (keys, strided))
+    assert all(torch.equal(x, y) for x, y in zip(*fits, strict=True))
+
+
 def test_numpy_in_numpy_out(filters, keys):
     fit = mkf.affine_fit(filters.numpy(), keys)
     assert all(isinstance(x, np.ndarray) for x in fit)
