@@ -18,16 +18,14 @@ __global__ __launch_bounds__(threads, blocks) void affine_fit_kernel(const __gri
 }
 
 template <int Filters, int Taps, bool One>
-void launch(const AffineFit& p, cudaStream_t stream) {
+void launch(const AffineFit& p, int device, cudaStream_t stream) {
     constexpr int filters = threads * Filters;
-    const auto kernel = affine_fit_kernel<Filters, Taps, One>;
+    constexpr auto kernel = affine_fit_kernel<Filters, Taps, One>;
     const int window = cuda::keys_at_once(p);
     const int bytes = cuda::shared_floats<Filters, Taps, One>(p, window, threads) * static_cast<int>(sizeof(float));
     const std::int64_t grid = (p.count + filters - 1) / filters;
     if (grid > 0x7fffffff) throw std::invalid_argument("affine_fit: more filters than one launch can take");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "affine_fit: shared memory");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-          "affine_fit: shared memory");
+    allow_shared_memory<kernel>(device);
     kernel<<<static_cast<unsigned>(grid), threads, bytes, stream>>>(p, window);
     check(cudaGetLastError(), "affine_fit: launch");
 }
@@ -38,8 +36,8 @@ void affine_fit_cuda(const AffineFit& p, int device, void* stream) {
     check(cudaSetDevice(device), "affine_fit: device");
     const auto on = static_cast<cudaStream_t>(stream);
     // Three filters of 7x7 a thread use a key three times and still leave room for four blocks on an sm_80.
-    if (p.best > 1) return launch<2, 0, false>(p, on);
-    p.k == 7 ? launch<3, 49, true>(p, on) : launch<2, 0, true>(p, on);
+    if (p.best > 1) return launch<2, 0, false>(p, device, on);
+    p.k == 7 ? launch<3, 49, true>(p, device, on) : launch<2, 0, true>(p, device, on);
 }
 
 }  // namespace mkf

@@ -33,7 +33,7 @@ struct DeviceCrew {
 template <class S>
 __global__ __launch_bounds__(256, S::K <= 7 ? 2 : 1) void key_conv2d_kernel(const __grid_constant__ KeyConv2dCuda p,
                                                                             const __grid_constant__ Tiling g) {
-    extern __shared__ double shared[];
+    extern __shared__ float4 shared[];  // aligned for copies of 16 bytes
     convolve<S>(DeviceCrew{}, p, g, blockIdx.x, reinterpret_cast<char*>(shared));
 }
 
@@ -44,17 +44,13 @@ __global__ __launch_bounds__(reducers* channels) void key_conv2d_reduce_kernel(c
 }
 
 template <class S>
-void launch(const KeyConv2dCuda& p, int multiprocessors, cudaStream_t stream) {
-    const Tiling g = tile<S>(p, multiprocessors);
+void launch(const KeyConv2dCuda& p, int device, cudaStream_t stream) {
+    const Tiling g = tile<S>(p, attribute(cudaDevAttrMultiProcessorCount, device));
     const std::int64_t blocks = g.parts * g.tiles_c;
     if (blocks > 0x7fffffff) throw std::invalid_argument("key_conv2d: more blocks than one launch can take");
     specialise<S>(p, g, [&](auto shape) {
-        const auto kernel = key_conv2d_kernel<decltype(shape)>;
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared_bytes),
-              "key_conv2d: shared memory");
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared),
-              "key_conv2d: shared memory");
+        constexpr auto kernel = key_conv2d_kernel<decltype(shape)>;
+        allow_shared_memory<kernel>(device);
         kernel<<<static_cast<unsigned>(blocks), g.threads, g.shared_bytes, stream>>>(p, g);
         check(cudaGetLastError(), "key_conv2d: launch");
     });

@@ -115,8 +115,10 @@ Tiling tile(const KeyConv2dCuda& p, int multiprocessors) {
     g.out_h = S::Backward ? p.h : small_h;
     g.out_w = S::Backward ? p.w : small_w;
 
+    // Some GPUs (sm_86, sm_89, sm_120) give a block 99 KiB of shared memory.
+    const int most_groups = S::Down == 2 && !p.channels_last && bytes == 4 ? 6 : S::most_groups;
     const int all_groups = (g.out_w - 1) / S::columns + 1;
-    g.tiles_x = (all_groups - 1) / S::most_groups + 1;
+    g.tiles_x = (all_groups - 1) / most_groups + 1;
     g.groups = ((all_groups - 1) / g.tiles_x + 2) / 2 * 2;  // rounded up to whole warps
     g.tiles_x = (all_groups - 1) / g.groups + 1;
     g.tiles_c = (p.c - 1) / channels + 1;
