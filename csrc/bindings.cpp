@@ -153,12 +153,13 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "snapshot",
         [](std::uintptr_t keys, std::uintptr_t index, std::uintptr_t scale, std::uintptr_t shift, std::size_t key_bytes,
-           std::size_t channels) {
-            return mkf::BoundFunction<holds>::on(
-                mkf::hold(mkf::Snapshot(pointer<const void>(keys), pointer<const void>(index),
-                                        pointer<const float>(scale), pointer<const float>(shift), key_bytes, channels)));
+           std::size_t index_bytes, std::size_t channels) {
+            return mkf::BoundFunction<holds>::on(mkf::hold(
+                mkf::Snapshot(pointer<const void>(keys), pointer<const void>(index), pointer<const float>(scale),
+                              pointer<const float>(shift), key_bytes, index_bytes, channels)));
         },
-        py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"), py::arg("channels"),
+        py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"),
+        py::arg("index_bytes"), py::arg("channels"),
         "A function (keys, index, scale, shift) that tells whether keys and index hold what they do now, scale and shift "
         "lie where they do now and are finite, and MKF_BACKEND is the same.");
 

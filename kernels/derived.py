@@ -5,8 +5,9 @@ from ctypes import string_at
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
+
+from mkf.kernels.gpu import is_capturing
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ def values_of(tensor: Tensor) -> Hashable:
 class Derived(Generic[T]):
     """A function of a small tensor that is called again only for other values, as `values_of` tells them.
 
+    A tensor that the function would first convert is better given as it is: on a GPU, a new one has unknown values.
+
     Args:
         function: Takes the tensor and what is given with it.
         size: How many results are kept; the oldest go first.
@@ -40,14 +43,16 @@ class Derived(Generic[T]):
         self._lock = RLock()  # what goes may call whatever waits for its end
 
     def __call__(self, tensor: Tensor, *arguments: Hashable) -> T:
-        """The function's result for a contiguous tensor.
+        """The function's result for a tensor.
 
         Raises:
             RuntimeError: The tensor is new, on a GPU, and a CUDA graph is being captured, where nothing can be read.
         """
-        values = values_of(tensor)
         if not tensor.is_cpu:
-            return self._look_up((values, tensor.shape, tensor.dtype, arguments), tensor, arguments)
+            identity = values_of(tensor), tensor.shape, tensor.stride(), tensor.dtype, arguments
+            return self._look_up(identity, tensor, arguments)
+        tensor = tensor.contiguous()
+        values = values_of(tensor)
         place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
         last = self._last.get(place)
         if last is None or last[0] != values:
@@ -58,7 +63,7 @@ class Derived(Generic[T]):
     def _look_up(self, identity: Hashable, tensor: Tensor, arguments: tuple[Hashable, ...]) -> T:
         known = self._known.get(identity)
         if known is None:
-            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(tensor):
                 raise RuntimeError(
                     "a CUDA graph is being captured, and a tensor whose values must be read is new or was written to: "
                     "call once with it before the capture"

@@ -1,8 +1,9 @@
-"""Whether a GPU can run what is written for it, and the reason why not."""
+"""Whether a GPU can run what is written for it, the reason why not, and whether it only records."""
 
 import importlib.util
 
 import torch
+from torch import Tensor
 
 from mkf.kernels import extension
 
@@ -30,6 +31,11 @@ def why_not_triton(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
     return None if torch.version.hip else _too_old(device)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether work on a tensor is being recorded in a CUDA graph, so that nothing may wait for the GPU."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _too_old(device: torch.device) -> str | None:

@@ -25,26 +25,25 @@ inline bool all_finite(const float* values, std::size_t count) {
 class Snapshot {
 public:
     Snapshot(const void* keys, const void* index, const float* scale, const float* shift, std::size_t key_bytes,
-             std::size_t channels)
-        : keys(key_bytes), index(channels), scale(scale), shift(shift), backend(wanted_backend()) {
-        std::memcpy(this->keys.data(), keys, key_bytes);
-        std::memcpy(this->index.data(), index, channels * sizeof(std::int32_t));
-    }
+             std::size_t index_bytes, std::size_t channels)
+        : keys(bytes(keys), bytes(keys) + key_bytes), index(bytes(index), bytes(index) + index_bytes), scale(scale),
+          shift(shift), channels(channels), backend(wanted_backend()) {}
 
     // Whether they are as they were, and scale and shift finite.
     bool holds(const void* keys, const void* index, const float* scale, const float* shift) const {
-        const std::size_t channels = this->index.size();
         return scale == this->scale && shift == this->shift &&
                std::memcmp(this->keys.data(), keys, this->keys.size()) == 0 &&
-               std::memcmp(this->index.data(), index, channels * sizeof(std::int32_t)) == 0 &&
+               std::memcmp(this->index.data(), index, this->index.size()) == 0 &&
                all_finite(scale, channels) && all_finite(shift, channels) && backend == wanted_backend();
     }
 
 private:
-    std::vector<char> keys;
-    std::vector<std::int32_t> index;
+    std::vector<char> keys, index;
     const float *scale, *shift;
+    std::size_t channels;
     std::string backend;
+
+    static const char* bytes(const void* memory) { return static_cast<const char*>(memory); }
 
     static const char* wanted_backend() {
         const char* const name = std::getenv("MKF_BACKEND");

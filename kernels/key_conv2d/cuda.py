@@ -92,7 +92,7 @@ def _shape(x: Tensor, out: Tensor, plan: KeyPlan, stride: Pair) -> tuple[int, ..
 
 
 def _filters(plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in (*device_plan.on_device(plan, index.device), index, scale, shift))
+    return tuple(t.data_ptr() for t in (*device_plan.on_device(plan, index), index, scale, shift))
 
 
 def _address(tensor: Tensor | None) -> int:

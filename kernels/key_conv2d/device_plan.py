@@ -1,10 +1,9 @@
 """What the GPU implementations share: the calls they serve, and the plan as they read it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from mkf.kernels.gpu import is_capturing
 from mkf.kernels.key_conv2d import KeyPlan, Pair
 
 MOST_TERMS = 2  # beyond it k * k taps are as cheap
@@ -45,39 +44,25 @@ def records(plan: KeyPlan) -> Tensor:
     return torch.cat([head, factors[0].flatten(1), factors[1].flatten(1)], 1)
 
 
-class OnDevice:
-    """A function of a plan, kept on each device where it was asked for.
+_records: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+_recorded: list[tuple[Tensor, ...]] = []
+KEPT = 256  # records; the oldest go first
 
-    Args:
-        function: From a plan to a tensor on the CPU.
-        size: How many results are kept; the oldest go first.
+
+def on_device(plan: KeyPlan, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`records(plan)`, on the device of a call's index, and the plan's keys, which are there.
+
+    The records are copied the first time: a CUDA graph must not be the first to ask. What a graph reads of a call that
+    is not the caller's stays as long as the process, as the graph may be replayed at any time: a few kB for each call.
     """
-
-    def __init__(self, function: Callable[[KeyPlan], Tensor], size: int = 256) -> None:
-        self.function = function
-        self.size = size
-        self._known: dict[tuple[int, int, torch.device], tuple[Tensor, KeyPlan]] = {}
-
-    def __call__(self, plan: KeyPlan, device: torch.device) -> Tensor:
-        """The result on `device`, copied there the first time: a CUDA graph must not be the first to ask.
-
-        A plan is known by two of its tensors: what is in them does not change.
-        """
-        identity = id(plan.columns), id(plan.keys), device
-        known = self._known.get(identity)
-        if known is None:
-            while len(self._known) >= self.size:
-                del self._known[next(iter(self._known))]
-            known = self.function(plan).to(device), plan  # kept with it, so that no other tensor gets its identity
-            self._known[identity] = known
-        return known[0]
-
-
-_keys_on = OnDevice(lambda plan: plan.keys.float().contiguous())
-_records_on = OnDevice(records)
-
-
-def on_device(plan: KeyPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`records(plan)` and the keys, (K, k, k) float32, contiguous on `device`. Keys that are there are not copied."""
-    keys = plan.keys.float().contiguous() if plan.keys.device == device else _keys_on(plan, device)
-    return _records_on(plan, device), keys
+    # Plans that share their columns are the same but for keys that train, which records do not hold.
+    identity = id(plan.columns), index.device
+    known = _records.get(identity)
+    if known is None:
+        while len(_records) >= KEPT:
+            del _records[next(iter(_records))]
+        known = records(plan).to(index.device), plan.columns  # with it, so that no other tensor gets its identity
+        _records[identity] = known
+    if is_capturing(index):
+        _recorded.append((index, known[0], plan.keys))
+    return known[0], plan.keys

@@ -17,18 +17,20 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(f"tolerance={tolerance!r}: it is a relative error, in [0, 1)")
 
 
-def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
+def make_plan(keys: Tensor, tolerance: float = 0.0, dtype: torch.dtype = torch.float32) -> KeyPlan:
     """Find the cheapest description of each key; some milliseconds.
 
     Args:
-        keys: (K, k, k) float32 or float64.
+        keys: (K, k, k).
         tolerance: The largest relative L2 error of a key; 0 for exact, which is to float32 rounding.
+        dtype: Of the keys in the plan, float32 or float64.
 
     Raises:
         ValueError: A key is not finite, or the tolerance is not in [0, 1).
     """
     check_tolerance(tolerance)
-    values = keys.detach().double().cpu().numpy()
+    keys = keys.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
+    values = keys.double().cpu().numpy()
     finite = np.isfinite(values).all((1, 2))
     if not finite.all():
         raise ValueError(f"keys {np.flatnonzero(~finite).tolist()} are not finite: repair them or leave them out")
@@ -39,7 +41,7 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     shape = (len(keys), most, keys.shape[-1])
     plan = KeyPlan(**{name: x.clone() for name, x in vars(plan).items()})
     columns, rows = (torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in range(2))
-    plan = replace(plan, keys=keys.detach().clone(), columns=columns, rows=rows)
+    plan = replace(plan, keys=keys, columns=columns, rows=rows)
     for i in separable:
         key = found[i]
         plan.direct[i] = False
@@ -54,17 +56,18 @@ def make_plan(keys: Tensor, tolerance: float = 0.0) -> KeyPlan:
     return replace(plan, error=torch.where(size > 0, missed / size, 0.0))
 
 
-def plan_of(keys: Tensor, tolerance: float | None) -> KeyPlan:
+def plan_of(keys: Tensor, tolerance: float | None, dtype: torch.dtype = torch.float32) -> KeyPlan:
     """The plan of keys as they are now, made once as long as they stay what they are (see `mkf.kernels.derived`).
 
     Args:
-        keys: (K, k, k) float32 or float64, contiguous.
-        tolerance: See `make_plan`. None takes the keys as k * k taps without looking at them: for keys that train,
+        keys: See `make_plan`, as `dtype`.
+        tolerance: The same. None takes the keys as k * k taps without looking at them: for keys that train,
             which are others at every step.
+        dtype: See `make_plan`.
     """
     if tolerance is None:
-        return replace(_all_direct(*keys.shape[:2]), keys=keys.detach())
-    return _plans(keys, tolerance)
+        return replace(_all_direct(*keys.shape[:2]), keys=keys.detach().to(dtype).contiguous())
+    return _plans(keys, tolerance, dtype)
 
 
 _plans = Derived(make_plan)

@@ -109,7 +109,7 @@ def launch(
 
     like = out if shaped is None else shaped
     assert like is not None
-    records, keys = device_plan.on_device(plan, x.device)
+    records, keys = device_plan.on_device(plan, index)
     channels = -(-x.shape[1] // _tile(like, x)[2])
     triton_kernel.key_conv2d[(_tiles(like, x) * channels,)](
         x,

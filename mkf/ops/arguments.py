@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.extension import DTYPES
+from mkf.kernels.gpu import is_capturing
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
@@ -65,8 +66,7 @@ def centred_keys(keys: Tensor) -> CentredKeys:
     norm = centred.norm(dim=1)
     # Below float32's rounding of a constant; the comparison is also false for NaN and for zero.
     usable = (norm > 1e-7 * q.norm(dim=1)) & norm.isfinite()
-    recording = q.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing may wait for the GPU
-    if not recording and not usable.all():
+    if not is_capturing(q) and not usable.all():
         bad = (~usable).nonzero().flatten().tolist()
         raise ValueError(f"keys {bad} are constant or not finite, so no filter can be a scaled copy of them")
     return CentredKeys(centred / norm[:, None], norm, mean)

@@ -3,6 +3,8 @@
 The reference writes the filters out and leaves the rest to `torch.nn.functional.conv2d` and autograd in float64.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -59,7 +61,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.channels_last, self.dtype, self.k, self.stride = channels_last, dtype, k, stride
-        self.plan = plan_by_hand(kinds, k, generator)
+        plan = plan_by_hand(kinds, k, generator)
+        self.plan = replace(plan, keys=plan.keys.to(device))
         channels = shape[1]
         self.x = self._tensor(shape, generator, device)
         self.dy = self._tensor((*shape[:2], *((n - 1) // stride + 1 for n in shape[2:])), generator, device)
@@ -97,7 +100,7 @@ class Case:
     def _double(self):
         """X, keys of the channels, scale and shift, in float64 on the CPU."""
         x = self.x.cpu().double().contiguous()
-        keys = self.plan.keys[self.index.cpu().long()].double()
+        keys = self.plan.keys.cpu()[self.index.cpu().long()].double()
         return x, keys, self.scale.cpu().double(), self.shift.cpu().double()
 
     def check_forward(self, out):

@@ -63,6 +63,16 @@ def test_the_same_bytes_can_be_something_else(count: Count) -> None:
     assert derived(tensor, 0.1) is not derived(tensor, 0.5)
 
 
+def test_any_strides(count: Count) -> None:
+    derived = Derived(count)
+    tensor = torch.arange(6.0).view(2, 3)
+    assert derived(tensor.T)[1] == ([[0, 3], [1, 4], [2, 5]],)
+    assert derived(tensor.T) is derived(tensor.T.contiguous())
+    shadow = torch.empty(3, 3, device="meta")
+    assert derived(shadow) is not derived(shadow.T)
+    assert derived(shadow.T) is derived(shadow.T)
+
+
 def test_a_tensor_that_requires_a_gradient(count: Count) -> None:
     derived = Derived(count)
     parameter = torch.nn.Parameter(torch.ones(3))

@@ -45,7 +45,8 @@ def test_shapes_and_containers_are_the_same_fit(filters, keys):
 @pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_keys_of_any_strides(filters, keys, view, backend):
     strided = view(keys)
-    assert torch.equal(strided, keys) and not strided.is_contiguous()
+    assert torch.equal(strided, keys)
+    assert not strided.is_contiguous()
     fits = (mkf.affine_fit(filters, q, topk=4, backend=backend) for q in (keys, strided))
     assert all(torch.equal(x, y) for x, y in zip(*fits, strict=True))
 

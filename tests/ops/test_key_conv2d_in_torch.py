@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mkf
 from mkf.kernels import extension
+from mkf.kernels.key_conv2d import structure
 from mkf.ops import key_conv2d
-from mkf.ops.key_conv2d import eager
+from mkf.ops.key_conv2d import compute, eager
 from tests.ops.key_conv2d_problems import KEYS, Problem, noise
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -261,6 +262,36 @@ class TestKeptCalls:
         assert len({id(call) for call in found[0]}) == len(first)
         assert None not in found[0]
         assert all(one is other for one, other in zip(*found, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+    def test_an_index_of_any_integers(self, dtype):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        problem.index = problem.index.to(dtype)
+        problem.x.requires_grad_()
+        call_and_keep(problem)
+        problem.index[:] = 3
+        out = key_conv2d(*problem.tensors(), padding=3)
+        problem.index = problem.index.int()
+        assert torch.equal(out, key_conv2d(*problem.tensors(), padding=3))
+        problem.check(key_conv2d)
+
+    @pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.double, lambda keys: keys.mT])
+    def test_keys_of_any_dtype_and_strides(self, change, monkeypatch):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        problem.keys = change(problem.keys)
+        out = key_conv2d(*problem.tensors(), padding=3)
+        monkeypatch.setattr(structure, "find", None)  # their plan is known
+        assert torch.equal(out, key_conv2d(*problem.tensors(), padding=3))
+        torch.testing.assert_close(out, problem.torch(torch.float64, *problem.tensors()).float(), rtol=1e-4, atol=1e-4)
+
+    def test_sizes_share_the_copy_of_the_index(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+        _, *others = problem.tensors()
+        calls = [
+            compute.prepare(noise(2, 12, h, 8), *others[:4], (1, 1), (3, 3), (1, 1), 0.0, "reference") for h in (8, 9)
+        ]
+        assert calls[0].index is calls[1].index
+        assert calls[0].index is not problem.index
 
     def test_options_that_change_in_place_are_seen(self):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])

@@ -87,11 +87,10 @@ def key_conv2d(
         return compute.written_out(x, q, index, scale, shift, bias, stride, padding, dilation)
     geometry = check_input(x, q, stride, padding, dilation)
     check_parameters(x, index, scale, shift, bias)
-    # As the implementations take them; an index out of range stays so.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    index32 = index if index.dtype == torch.int32 else index.long().clamp(-1, q.shape[0]).int()
     wide = scale.to(dtype), shift.to(dtype), None if bias is None else bias.to(dtype)
-    tensors = (x if x.ndim == 4 else x[None], q.to(dtype), index32, *wide)
+    # What is known of keys that are frozen and of an index is known by the caller's tensors, converted or not.
+    tensors = (x if x.ndim == 4 else x[None], q.to(dtype) if q.requires_grad else q, index, *wide)
     planned = None if q.requires_grad else tolerance
     if not eager.is_watched() and eager.are_plain(*(t for t in tensors if t is not None)):
         call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
@@ -123,7 +122,7 @@ def explain_key_conv2d(
     geometry = check_input(x, keys, stride, padding, dilation)
     x = x if x.ndim == 4 else x[None]
     x = x.contiguous(memory_format=compute.layout_of(x))
-    plan = plan_of(keys.contiguous(), None if keys.requires_grad else tolerance)
+    plan = plan_of(keys, None if keys.requires_grad else tolerance, torch.float32)
 
     def why_not_call(module: ModuleType) -> str | None:
         reason: str | None = module.why_not_call(x, plan, *geometry)

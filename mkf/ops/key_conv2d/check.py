@@ -121,23 +121,33 @@ def output_size(size: Sequence[int], k: int, stride: Pair, padding: Pair, dilati
     return n, c, h, w
 
 
-def check_values(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Refuse an index out of range, and on the CPU a scale and a shift that are not finite.
+def checked_index(index: Tensor, count: int) -> Tensor:
+    """The index as the implementations take it, int32 and contiguous, in memory that nobody else writes to.
 
     Raises:
-        ValueError: There is one; it tells in which channels.
+        ValueError: It is out of range for `count` keys; it tells in which channels.
     """
-    low, high = _range(index)
-    count = keys.shape[0]
+    copy, low, high = _copy_and_range(index)
     if low < 0 or high >= count:
         raise ValueError(f"index is out of range [0, {count}) {_where((index < 0) | (index >= count))}")
-    if scale.is_cpu:
-        for name, p in (("scale", scale), ("shift", shift)):
-            if not p.isfinite().all():
-                raise ValueError(f"{name} is not finite {_where(~p.isfinite())}")
+    return copy
 
 
-_range = Derived(lambda index: (int(index.min()), int(index.max())))
+@Derived
+def _copy_and_range(index: Tensor) -> tuple[Tensor, int, int]:
+    copy = index.to(torch.int32, memory_format=torch.contiguous_format, copy=True)
+    return copy, int(index.min()), int(index.max())  # on a GPU this waits, so that any stream may read the copy
+
+
+def check_finite(**parameters: Tensor) -> None:
+    """Refuse what is not finite, on the CPU.
+
+    Raises:
+        ValueError: There is such a parameter; it tells in which channels.
+    """
+    for name, p in parameters.items():
+        if p.is_cpu and not p.isfinite().all():
+            raise ValueError(f"{name} is not finite {_where(~p.isfinite())}")
 
 
 def _where(bad: Tensor) -> str:

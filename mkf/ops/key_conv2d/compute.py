@@ -12,7 +12,7 @@ from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.key_conv2d.reference import weight_gradient
 from mkf.kernels.registry import choose
-from mkf.ops.key_conv2d.check import check_values, output_size
+from mkf.ops.key_conv2d.check import check_finite, checked_index, output_size
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Call:
     Attributes:
         kernel: What computes.
         plan: Of the keys.
-        index: (C,), of its own, so that a gradient is of what was computed.
+        index: (C,) int32, a copy, so that a gradient is of what was computed.
         scale: (C,), contiguous, the memory of the caller's where that can be, as the next: only a tensor that nobody
             else has keeps its size and dtype whatever becomes of theirs.
         shift: (C,).
@@ -80,11 +80,10 @@ def prepare(
         if p.shape != x.shape[1:2]:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, but x has {x.shape[1]} channels")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    index = index.to(torch.int32).contiguous()
+    index = checked_index(index, len(keys))
     scale, shift = (p.detach().to(dtype).contiguous() for p in (scale, shift))
-    check_values(keys, index, scale, shift)  # before the copy: on a GPU only a tensor that is new is looked at
-    index = index.clone()
-    plan = plan_of(keys.to(dtype).contiguous(), tolerance)
+    check_finite(scale=scale, shift=shift)
+    plan = plan_of(keys, tolerance, dtype)
     layout = layout_of(x)
     x = x.contiguous(memory_format=layout)
     implementation = choose(
@@ -153,6 +152,6 @@ def written_out(
 ) -> Tensor:
     """The same as an ordinary convolution, differentiable in whatever way and as often as you like."""
     stride, padding, dilation, *_ = options
-    filters = (scale[:, None, None] * keys[index] + shift[:, None, None])[:, None].to(x.dtype)
+    filters = (scale[:, None, None] * keys[index.long()] + shift[:, None, None])[:, None].to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, filters, bias, stride, padding, dilation, groups=x.shape[1])

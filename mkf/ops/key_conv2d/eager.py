@@ -200,7 +200,7 @@ def _snapshot(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> Any:
     if extension.missing():
         return None
     addresses = keys.data_ptr(), index.data_ptr(), scale.data_ptr(), shift.data_ptr()
-    return extension.native().snapshot(*addresses, keys.nbytes, len(index))
+    return extension.native().snapshot(*addresses, keys.nbytes, index.nbytes, len(index))
 
 
 def _holds(snapshot: Any, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> bool:
