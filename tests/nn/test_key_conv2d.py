@@ -10,6 +10,8 @@ import timm
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mkf
 from mkf import KeyConv2d
@@ -381,6 +383,24 @@ class TestTraining:
             torch.testing.assert_close(parallel.module.shift.grad, layer.shift.grad)
             assert parallel.module.scale.grad is None
             assert len(mkf.FilterBank.from_model(parallel)) == 24
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_fully_sharded(self, x, tmp_path):
+        """It gives the memory of the parameters back between forward and backward."""
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        try:
+            whole = nn.Sequential(
+                *(KeyConv2d(24, 7, PAPER, padding=3, train=("scale", "shift", "bias", "keys")) for _ in range(3))
+            )
+            sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (1,))
+            for layer in sharded:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            for _ in range(2):
+                for network in (whole, sharded):
+                    network(x).square().mean().backward()
+            for own, others in zip(sharded.parameters(), whole.parameters(), strict=True):
+                torch.testing.assert_close(own.grad.full_tensor(), others.grad)
         finally:
             torch.distributed.destroy_process_group()
 

@@ -161,6 +161,34 @@ class TestBetweenForwardAndBackward:
         with pytest.raises(RuntimeError, match="in the forward pass"):
             self.gradients(shorten)
 
+    @pytest.mark.parametrize("name", ["scale", "shift", "keys"])
+    def test_memory_that_is_moved_or_given_back(self, name):
+        def move(problem):
+            getattr(problem, name).data.share_memory_()
+
+        def give_back_for_a_while(problem):
+            tensor = getattr(problem, name)
+            values, storage = tensor.detach().clone(), tensor.untyped_storage()
+            size = storage.size()
+            storage.resize_(0)
+            others = [torch.full_like(values, torch.nan) for _ in range(64)]  # where it lay
+            storage.resize_(size)
+            tensor.data.copy_(values)
+            del others
+
+        def gradients(change):
+            problem = Problem((2, 12, 9, 8), KEYS["centred"])
+            problem.keys = problem.keys.clone()
+            leaves = [t.requires_grad_(t is not problem.index) for t in problem.tensors()]
+            out = key_conv2d(*leaves, padding=3)
+            change(problem)
+            return torch.autograd.grad(out, [t for t in leaves if t is not problem.index], noise(2, 12, 9, 8))
+
+        expected = gradients(lambda problem: None)
+        for change in (move, give_back_for_a_while):
+            for gradient, e in zip(gradients(change), expected, strict=True):
+                torch.testing.assert_close(gradient, e)
+
     def test_hooks_that_store_copies_decide(self):
         def write(problem):
             with torch.no_grad():

@@ -26,6 +26,8 @@ class Call:
         scale: (C,), contiguous, the memory of the caller's where that can be, as the next: only a tensor that nobody
             else has keeps its size and dtype whatever becomes of theirs.
         shift: (C,).
+        places: Addresses of scale, shift and the plan's keys, which the kernel may keep. Memory that is shared with the
+            caller can be moved under these tensors, as FSDP does.
         layout: Of x and all that has its dimensions.
         x_size: Of x.
         size: Of the output.
@@ -38,6 +40,7 @@ class Call:
     index: Tensor
     scale: Tensor
     shift: Tensor
+    places: tuple[int, int, int]
     layout: torch.memory_format
     x_size: Sequence[int]
     size: Sequence[int]
@@ -92,7 +95,8 @@ def prepare(
     size = output_size(x.shape, keys.shape[-1], stride, padding, dilation)
     kernel = Bound.of(implementation.load(), x, plan, index, scale, shift, stride, padding, dilation)
     options = stride, padding, dilation, tolerance, backend
-    return Call(kernel, plan, index, scale, shift, layout, tuple(x.shape), size, options)
+    places = scale.data_ptr(), shift.data_ptr(), plan.keys.data_ptr()
+    return Call(kernel, plan, index, scale, shift, places, layout, tuple(x.shape), size, options)
 
 
 def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -238,9 +238,8 @@ class _KeyConv2d(torch.autograd.Function):
         if (
             not _is_grad_enabled()
             and _is_as_always(call, dy)
-            and scale.data_ptr() == call.scale.data_ptr()
-            and shift.data_ptr() == call.shift.data_ptr()
-        ):  # else they were replaced, or a hook has stored copies
+            and (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places
+        ):  # else they were replaced or moved, or a hook has stored copies
             dx, d_keys, *others = compute.gradients(call, dy, x, wanted)
             return None, dx, d_keys, None, *others
         saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
