@@ -30,6 +30,7 @@ struct AffineFit {
 // Of squares about the mean to mean^2: below it float32 keeps too few digits beside the offset, and the fit is done in
 // double. Float64 filters are rounded to float32 with their offset, which therefore may not be large.
 constexpr float far_from_zero = 1e-10f, far_from_zero_in_float64 = 1e-3f;
+constexpr double most_in_double = 0x1p1021;  // beyond it the difference of two taps may overflow
 constexpr float recompute_above = 0.95f;  // of corr^2: beyond it norm^2 - scale^2 has lost too many digits
 
 // What is written for filter `i` if no key explains it: it is constant, of this value, or not finite.

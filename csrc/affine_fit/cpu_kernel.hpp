@@ -220,10 +220,13 @@ static void fit_awkward(const AffineFit& p, std::int64_t i) {
         mean += x[t] / taps;
     }
     if (!finite || low == high) return answer_without_fit(p, i, finite, low);
-    const double unit = high - mean > mean - low ? high - mean : mean - low;  // keeps the squares in range
+    const double shrink = high > most_in_double || low < -most_in_double ? 0.25 : 1;
+    mean *= shrink;
+    const double above = high * shrink - mean, below = mean - low * shrink;
+    const double unit = above > below ? above : below;  // keeps the squares in range
     double squares = 0;
     for (int t = 0; t < taps; ++t) {
-        x[t] = (x[t] - mean) / unit;
+        x[t] = (x[t] * shrink - mean) / unit;
         squares += x[t] * x[t];
     }
     const std::int64_t at = i * p.best;
@@ -234,7 +237,7 @@ static void fit_awkward(const AffineFit& p, std::int64_t i) {
         for (int t = 0; t < taps; ++t) dot[j] += x[t] * p.keys[j * taps + t];
     }
     for (int b = 0; b < p.best; ++b) {
-        int best = -1;
+        int best = 0;
         double best_score = -HUGE_VAL;
         for (int j = 0; j < p.keys_count; ++j) {
             const double score = p.positive ? dot[j] : (dot[j] < 0 ? -dot[j] : dot[j]);
@@ -249,8 +252,8 @@ static void fit_awkward(const AffineFit& p, std::int64_t i) {
         }
         const double scale = a * unit * p.inverse_norms[best], residual = __builtin_sqrt(error / squares);
         p.index[at + b] = best;
-        p.scale[at + b] = static_cast<float>(scale);
-        p.shift[at + b] = static_cast<float>(mean - scale * p.key_means[best]);
+        p.scale[at + b] = static_cast<float>(scale / shrink);
+        p.shift[at + b] = static_cast<float>((mean - scale * p.key_means[best]) / shrink);
         p.residual[at + b] = static_cast<float>(residual < 1 ? residual : 1);
     }
 }

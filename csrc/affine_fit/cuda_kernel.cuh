@@ -126,7 +126,8 @@ template <class T>
 MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter, std::int64_t row_stride,
                           std::int64_t col_stride) {
     const int k = p.k, taps = k * k;
-    const auto tap = [&](int t) { return static_cast<double>(filter[t / k * row_stride + t % k * col_stride]); };
+    double shrink = 1;
+    const auto tap = [&](int t) { return static_cast<double>(filter[t / k * row_stride + t % k * col_stride]) * shrink; };
     double low = HUGE_VAL, high = -HUGE_VAL, mean = 0;
     bool finite = true;
 #pragma unroll 1
@@ -138,7 +139,10 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
         mean += x / taps;
     }
     if (!finite || low == high) return answer_without_fit(p, i, finite, low);
-    const double unit = high - mean > mean - low ? high - mean : mean - low;  // keeps the squares in range
+    if (high > most_in_double || low < -most_in_double) shrink = 0.25;
+    mean *= shrink;
+    const double above = high * shrink - mean, below = mean - low * shrink;
+    const double unit = above > below ? above : below;  // keeps the squares in range
     double squares = 0;
 #pragma unroll 1
     for (int t = 0; t < taps; ++t) {
@@ -149,7 +153,7 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
     double last_score = HUGE_VAL;
     int last = -1;
     for (int b = 0; b < p.best; ++b) {  // the best of the keys that come after the last one taken
-        int best = -1;
+        int best = 0;
         double best_score = -HUGE_VAL, best_dot = 0;
         for (int j = 0; j < p.keys_count; ++j) {
             double dot = 0;
@@ -170,8 +174,8 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
         }
         const double scale = a * unit * p.inverse_norms[best], residual = sqrt(error / squares);
         p.index[at + b] = best;
-        p.scale[at + b] = static_cast<float>(scale);
-        p.shift[at + b] = static_cast<float>(fma(-scale, static_cast<double>(p.key_means[best]), mean));
+        p.scale[at + b] = static_cast<float>(scale / shrink);
+        p.shift[at + b] = static_cast<float>(fma(-scale, static_cast<double>(p.key_means[best]), mean) / shrink);
         p.residual[at + b] = static_cast<float>(residual < 1 ? residual : 1);
     }
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
 
+MOST = 2.0**1021  # beyond it the difference of two taps may overflow
 ROWS = 1 << 14  # filters at a time, so that the (keys, filters) products stay small whatever N is
 
 
@@ -40,8 +41,9 @@ def _fit(f: Tensor, keys: FitKeys, positive: bool, best: int) -> tuple[Tensor, T
     finite = f.isfinite().all(0)
     dead = finite & (f == first).all(0)
 
-    mean = _sum(f / taps)
-    y = f - mean
+    shrink = torch.where(f.abs().amax(0) > MOST, 0.25, 1.0).double()
+    mean = _sum(f * shrink / taps)
+    y = f * shrink - mean
     spread = y.abs().amax(0)  # dividing by it keeps the squares in range
     y = y / spread
     dot = _sum(y[t] * q[t][:, None] for t in range(taps))  # (K, N)
@@ -54,7 +56,8 @@ def _fit(f: Tensor, keys: FitKeys, positive: bool, best: int) -> tuple[Tensor, T
     error = _sum((y[t] - a * q[t][j]).square() for t in range(taps))
     r = (error / _sum(y.square())).sqrt().clamp(max=1)
     a = a * spread * keys.inverse_norm[j]
-    b = mean - a * keys.mean[j]
+    b = (mean - a * keys.mean[j]) / shrink
+    a = a / shrink
 
     rank = torch.arange(best, device=f.device)[:, None]
     zero, nan = torch.zeros_like(a), torch.full_like(a, torch.nan)

@@ -104,6 +104,19 @@ def test_tiny_and_huge_filters(fit, size):
     np.testing.assert_allclose(scale, a[rows, index].astype(np.float32), rtol=1e-5, atol=1e-44)
 
 
+@pytest.mark.parametrize("size", [1e-308, 1e60, 1.7e308])
+def test_tiny_and_huge_filters_in_float64(fit, size):
+    """Beyond float32, only the scale and the shift are not."""
+    filters, keys = noise(40, 7, 7).clamp(-1, 1).double(), noise(8, 7, 7, seed=1)
+    filters[:, 0, 0], filters[:, 6, 6] = 1, -1
+    for sign in ("any", "positive"):
+        huge, plain = (fit(f, keys, topk=3, sign=sign) for f in (filters * size, filters))
+        assert torch.equal(huge.index, plain.index)
+        torch.testing.assert_close(huge.residual, plain.residual, rtol=1e-5, atol=1e-6)
+        for found, value in ((huge.scale, plain.scale), (huge.shift, plain.shift)):
+            torch.testing.assert_close(found, (value.double() * size).float(), rtol=1e-4, atol=1e-37)
+
+
 def test_tiny_and_huge_filters_among_others(fit):
     filters, keys = noise(300, 7, 7), noise(8, 7, 7, seed=1)
     filters[5], filters[6], filters[7], filters[299] = 1, torch.nan, filters[7] * 1e-25, filters[299] * 1e20
