@@ -183,9 +183,9 @@ torch.library.register_fake("mkf::affine_fit.out", lambda *_, **__: None, lib=_l
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     filters, keys, _, positive, _ = inputs
-    scale, _, residual, index = output
+    _, _, residual, index = output
     ctx.mark_non_differentiable(index)
-    ctx.save_for_backward(filters, keys, index, scale, residual)
+    ctx.save_for_backward(filters, keys, index, residual)
     ctx.positive = positive
 
 
@@ -195,19 +195,23 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     da/df = q' / |q'|^2            db/df = 1/n - mean(q) da/df         dr/df = e / (r |f'|^2) - r f' / |f'|^2
     da/dq = (e - a q') / |q'|^2    db/dq = -a/n - mean(q) da/dq        dr/dq = -a e / (r |f'|^2)
 
-    Where the residual is 0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter
-    only moves its shift; a filter that is not finite gets gradient 0.
+    They are computed with y = f' / size, so that squares of tiny and huge filters stay in range. Where the residual is
+    0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter only moves its shift; a
+    filter that is not finite gets gradient 0.
     """
     filters, keys, *outputs = ctx.saved_tensors
     outputs = [x if x.ndim == 2 else x[:, None] for x in (*outputs, d_scale, d_shift, d_residual)]
-    index, scale, residual, d_scale, d_shift, d_residual = outputs
+    index, residual, d_scale, d_shift, d_residual = outputs
     dtype = torch.promote_types(torch.promote_types(filters.dtype, keys.dtype), torch.float32)
     f, q = filters.flatten(1).to(dtype), keys.flatten(1).to(dtype)
     taps = f.shape[1]
     finite = index[:, :1] >= 0
     f = torch.where(finite, f, 0)
-    f = f - f.mean(1, keepdim=True)
-    f_squares = f.square().sum(1, keepdim=True)
+    live = f.amax(1, keepdim=True) > f.amin(1, keepdim=True)
+    size = torch.where(live, f.abs().amax(1, keepdim=True), 1)
+    y = f / size
+    y = y - y.mean(1, keepdim=True)
+    squares = y.square().sum(1, keepdim=True)
     q_mean = q.mean(1, keepdim=True)
     q_centred = q - q_mean
     q_squares = q_centred.square().sum(1, keepdim=True)
@@ -215,18 +219,19 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     d_filters, d_keys = torch.zeros_like(f), torch.zeros_like(q)
     for rank in range(index.shape[1]):
         j = index[:, rank].clamp(min=0)
-        a, r, da, db, dr = (x[:, rank : rank + 1].to(dtype) for x in (scale, residual, d_scale, d_shift, d_residual))
-        moves = finite & ((a > 0) if ctx.positive else (f_squares > 0))
+        r, da, db, dr = (x[:, rank : rank + 1].to(dtype) for x in (residual, d_scale, d_shift, d_residual))
+        key = q_centred[j]
+        a = (y * key).sum(1, keepdim=True) / q_squares[j]
+        moves = live & (a > 0) if ctx.positive else live
         a, r, da, dr, db = (
             torch.where(m, x, 0) for m, x in ((moves, a), (moves, r), (moves, da), (moves, dr), (finite, db))
         )
-        key = q_centred[j]
-        e = f - a * key
+        e = y - a * key
         da = (da - torch.where(moves, db * q_mean[j], 0)) / q_squares[j]
-        per_e = torch.where(r > 0, dr / (r * f_squares), 0)
-        per_f = torch.where(r > 0, dr * r / f_squares, 0)
-        d_filters += da * key + db / taps + per_e * e - per_f * f
-        d_keys.index_add_(0, j, da * (e - a * key) - db * a / taps - per_e * a * e)
+        per_e = torch.where(r > 0, dr / (r * squares), 0)
+        per_y = torch.where(r > 0, dr * r / squares, 0)
+        d_filters += da * key + db / taps + (per_e * e - per_y * y) / size
+        d_keys.index_add_(0, j, (da * (e - a * key) - db * a / taps) * size - per_e * a * e)
     return d_filters.view(filters.shape).to(filters.dtype), d_keys.view(keys.shape).to(keys.dtype), None, None, None
 
 

@@ -284,6 +284,19 @@ def test_gradients(filters, keys, topk, dtype):
     torch.testing.assert_close(keys.grad, q.grad.to(dtype), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e18, 1e30, 1e37])
+def test_gradients_of_tiny_and_huge_filters(filters, keys, size):
+    """In units of their size they are those of other filters, but for rounding."""
+    gradients = []
+    for unit in (1.0, size):
+        f, q = ((x * u).double().float().requires_grad_() for x, u in ((filters, unit), (keys + 0.3, 1.0)))
+        fit = mkf.affine_fit(f, q, topk=3)
+        (fit.scale.sum() + 2 * fit.shift.sum() + 3 * unit * fit.residual.sum()).backward()
+        gradients.append((f.grad, q.grad / unit))
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-5)
+
+
 def test_other_derivatives_are_refused(filters, keys):
     def residual(f):
         return mkf.affine_fit(f, keys).residual
