@@ -5,6 +5,7 @@ from ctypes import string_at
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from mkf.kernels.gpu import is_capturing
@@ -51,7 +52,7 @@ class Derived(Generic[T]):
         if not tensor.is_cpu:
             identity = values_of(tensor), tensor.shape, tensor.stride(), tensor.dtype, arguments
             return self._look_up(identity, tensor, arguments)
-        tensor = tensor.contiguous()
+        tensor = tensor.resolve_neg().contiguous()
         values = values_of(tensor)
         place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
         last = self._last.get(place)
@@ -69,7 +70,9 @@ class Derived(Generic[T]):
                     "call once with it before the capture"
                 )
             # A tensor on a GPU is kept with the result, so that no other one can come to the same address.
-            known = self.function(tensor, *arguments), None if tensor.is_cpu else tensor.detach()
+            with torch.inference_mode(False):  # a result may outlive it
+                result = self.function(tensor, *arguments)
+            known = result, None if tensor.is_cpu else tensor.detach()
             self._put(self._known, identity, known)
         return known[0]
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -23,7 +24,9 @@ inline bool cpu_runs(Isa isa) {
 #if defined(MKF_X86)
     __builtin_cpu_init();
     switch (isa) {
-        case Isa::avx512: return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+        case Isa::avx512:  // as setup.py tells the compiler
+            return cpu_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         case Isa::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         default: return true;
@@ -67,16 +70,24 @@ inline void expect_to_fill(void* p, std::int64_t bytes) {
 #endif
 }
 
-// Calls body(first, last) on at most `threads` contiguous pieces of [0, count).
+// Calls body(first, last) on at most `threads` contiguous pieces of [0, count). What one of them throws, as where there is
+// no memory left, is thrown here: it must not leave a thread.
 template <class Body>
 inline void parallel_pieces(std::int64_t count, int threads, const Body& body) {
 #if defined(_OPENMP)
     if (threads > 1 && count > 1) {
+        std::exception_ptr thrown;
 #pragma omp parallel num_threads(threads)
         {
             const std::int64_t pieces = omp_get_num_threads(), i = omp_get_thread_num();
-            body(count * i / pieces, count * (i + 1) / pieces);
+            try {
+                body(count * i / pieces, count * (i + 1) / pieces);
+            } catch (...) {
+#pragma omp critical
+                thrown = std::current_exception();
+            }
         }
+        if (thrown) std::rethrow_exception(thrown);
         return;
     }
 #endif

@@ -199,7 +199,8 @@ class KeyConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The filters written out, (C, 1, k, k), in the dtype of `scale`; differentiable, and computed at each call."""
-        scale, shift = self.scale.to(torch.float32), self.shift.to(torch.float32)
+        dtype = torch.promote_types(self.scale.dtype, torch.float32)
+        scale, shift = self.scale.to(dtype), self.shift.to(dtype)
         filters = scale[:, None, None] * self.keys[self.index] + shift[:, None, None]
         return filters[:, None].to(self.scale.dtype)
 
@@ -337,9 +338,11 @@ class KeyConv2d(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         keys = self.keys.detach()
+        gradient = None if self.keys.grad is None else self.keys.grad.detach()
         super()._apply(fn, recurse)
         if self.keys.dtype != torch.float32:  # moved and rounded; only the move is wanted
             self.keys.data = keys.to(self.keys.device)
+            self.keys.grad = None if gradient is None else gradient.to(self.keys.device)
         return self
 
     def _load_from_state_dict(

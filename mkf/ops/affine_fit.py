@@ -196,8 +196,8 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     da/dq = (e - a q') / |q'|^2    db/dq = -a/n - mean(q) da/dq        dr/dq = -a e / (r |f'|^2)
 
     They are computed with y = f' / size, so that squares of tiny and huge filters stay in range. Where the residual is
-    0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter only moves its shift; a
-    filter that is not finite gets gradient 0.
+    0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter only moves its shift;
+    a filter that is not finite gets gradient 0.
     """
     filters, keys, *outputs = ctx.saved_tensors
     outputs = [x if x.ndim == 2 else x[:, None] for x in (*outputs, d_scale, d_shift, d_residual)]

@@ -12,7 +12,7 @@ class TestBoundFunction:
     def setup_method(self):
         self.tensors = torch.ones(8, 7, 7), torch.zeros(4, dtype=torch.int32), torch.ones(4), torch.ones(4)
         self.addresses = [t.data_ptr() for t in self.tensors]
-        self.holds = extension.native().snapshot(*self.addresses, self.tensors[0].nbytes, 4)
+        self.holds = extension.native().snapshot(*self.addresses, self.tensors[0].nbytes, self.tensors[1].nbytes, 4)
 
     def test_it_keeps_its_object(self):
         assert self.holds(*self.addresses) is True

@@ -3,6 +3,9 @@
 What is the same for all, from what is refused to derivatives and layouts, is tested in tests/ops.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mkf import keys as key_sets
-from mkf.kernels import registry
+from mkf.kernels import extension, registry
 from mkf.kernels.key_conv2d.plan import make_plan
 from tests.kernels import key_conv2d_float64 as float64
 from tests.kernels.runs_here import runnable
@@ -310,3 +313,34 @@ def test_what_the_extension_does_not_serve():
         ((x, plan, one, (6, 6), (2, 2)), "dilation"),
     ):
         assert reason in native.why_not_call(*arguments)
+
+
+WITHOUT_MEMORY = """
+import re, resource
+from pathlib import Path
+import torch
+from mkf.kernels.key_conv2d import native
+from mkf.kernels.key_conv2d.plan import make_plan
+
+torch.set_num_threads(2)
+plan, index, one = make_plan(torch.ones(1, 7, 7)), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+
+def convolve(x, out):
+    native.key_conv2d(x, plan, index, one, one, None, (1, 1), (3, 3), (1, 1), out)
+
+small, large = torch.zeros(2, 1, 1, 1 << 15), torch.zeros(2, 1, 1, 1 << 20)
+convolve(small, torch.empty_like(small))
+out = torch.empty_like(large)
+kilobytes = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024 + (40 << 20),) * 2)
+try:
+    convolve(large, out)  # each thread would have 64 MiB of its own
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or extension.missing() is not None, reason="native, on Linux")
+def test_threads_without_memory_end_in_an_exception():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr

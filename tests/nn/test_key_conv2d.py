@@ -337,6 +337,19 @@ class TestState:
             torch.testing.assert_close(network(x.to(dtype)).float(), layer(x), rtol=0.05, atol=0.05)
             assert network[0].index.dtype == torch.int32
 
+    @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+    def test_converting_between_backward_and_a_step(self, convert, x):
+        layer = KeyConv2d(24, 7, ANALYTIC, padding=3, train=("keys",))
+        layer(x).square().mean().backward()
+        gradient = layer.keys.grad.clone()
+        convert(layer)
+        assert torch.equal(layer.keys.grad, gradient)
+        torch.optim.AdamW(layer.parameters()).step()
+
+    def test_filters_of_float64(self, layer, x):
+        layer, x = layer.double(), x.double()
+        torch.testing.assert_close(layer.to_conv2d()(x), layer(x), rtol=1e-12, atol=1e-12)
+
 
 class TestTraining:
     def test_a_step_of_an_optimiser(self, x):

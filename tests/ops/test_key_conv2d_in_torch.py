@@ -112,6 +112,20 @@ class TestAutograd:
             tensors = copy.deepcopy(problem).tensors()
             assert torch.equal(key_conv2d(*tensors, padding=3, backend=backend), out)
 
+    def test_what_is_made_in_inference_mode_serves_later(self):
+        keys = mkf.keys.random(7, 8, 5)
+        with torch.inference_mode():
+            problem = Problem((1, 12, 6, 5), keys)
+            key_conv2d(problem.x, keys, *problem.tensors()[2:], padding=3)
+        problem = Problem((1, 12, 6, 5), keys)
+        x, _, *others = problem.tensors()
+        others[1].requires_grad_()
+        with torch.profiler.profile():
+            key_conv2d(x.requires_grad_(), keys, *others, padding=3).sum().backward()
+        (dx,) = torch.autograd.grad(key_conv2d(x, keys, *others, padding=3).square().sum(), x, create_graph=True)
+        dx.sum().backward()
+        problem.check(key_conv2d)
+
 
 class TestBetweenForwardAndBackward:
     """A gradient is of what was computed, whatever became of its inputs, or it is refused."""
@@ -539,6 +553,23 @@ class TestWatchers:
     def test_what_is_no_tensor_is_refused(self, problem, x):
         with pytest.raises(TypeError, match="x: expected a tensor"):
             key_conv2d(x, *problem.tensors()[1:], padding=3)
+
+
+def test_keys_that_are_a_negative_view():
+    problem = Problem((2, 12, 9, 8), mkf.keys.random(7, 8, 5).filters * 1.01)  # whose plan is not known yet
+    mkf.ops.explain_key_conv2d(problem.x, torch._neg_view(problem.keys.clone()), padding=3)
+    problem.check(key_conv2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_operator_takes_a_bias_of_any_dtype(dtype):
+    problem = Problem((2, 12, 9, 8), KEYS["centred"])
+    problem.bias = problem.bias.to(dtype)
+    options = [1, 1], [3, 3], [1, 1], 0.0, ""
+    out = torch.ops.mkf.key_conv2d(*problem.tensors(), *options)
+    torch.testing.assert_close(out, problem.torch(torch.float64, *problem.tensors()).float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\), but x has 12 channels"):
+        torch.ops.mkf.key_conv2d(*problem.tensors()[:5], torch.zeros(1), *options)
 
 
 def test_tensors_without_memory_of_their_own():

@@ -148,5 +148,6 @@ def _autocast(x: Any) -> Any:
 
 @lru_cache(64)
 def _filters(keys: Any, device: torch.device) -> Tensor:
-    filters: Tensor = keys.filters
-    return filters.to(device)
+    with torch.inference_mode(False):  # they outlive it
+        filters: Tensor = keys.filters
+        return filters.to(device)

@@ -173,7 +173,7 @@ def keep(
     kept = _Kept(call, guards, bias is not None, options, snapshot, pinned, end)
     with _lock:
         while len(_kept) >= KEPT:
-            del _kept[next(iter(_kept))]
+            _kept.pop(next(iter(_kept)), None)  # its scale may end at this moment
         _kept[place] = kept
 
 

@@ -13,7 +13,12 @@ from mkf.ops.key_conv2d.check import output_size
 def _forward(
     x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None, *options: Any
 ) -> Tensor:
-    return compute.forward(compute.prepare(x, keys, index, scale, shift, *options), x, bias)
+    call = compute.prepare(x, keys, index, scale, shift, *options)
+    if bias is not None:
+        if bias.shape != x.shape[1:2]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, but x has {x.shape[1]} channels")
+        bias = bias.to(call.shift.dtype)
+    return compute.forward(call, x, bias)
 
 
 def _forward_fake(
