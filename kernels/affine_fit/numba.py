@@ -34,7 +34,8 @@ def affine_fit(
             "numba's threads do not survive a fork: start workers with the method 'spawn', or fit with "
             "backend='reference'"
         )
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     unit = pad(keys.unit, (0, 0, 0, -len(keys.unit) % numba_kernel.KEYS_AT_ONCE)).numpy()
     inverse_norm, key_mean = keys.inverse_norm.numpy(), keys.mean.numpy()
     dtype = torch.float64 if filters.dtype == torch.float64 else torch.float32  # numba has none of 16 bits
@@ -48,6 +49,8 @@ def affine_fit(
             reference.affine_fit(f[left], keys, positive, *rest)
             for x, values in zip(out, rest, strict=True):
                 x[left] = values
+    if torch.get_num_threads() != threads:  # numba starts its threads through an OpenMP that may be torch's too
+        torch.set_num_threads(threads)
 
 
 @cache

@@ -65,7 +65,17 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
 
 
 def state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, by the names that the model without wrappers gives them.
+    """All weights of a checkpoint, by the names in the model without wrappers; keys are written out as filters.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, needs code to run, or holds no weights.
+    """
+    return expand(stored_state_dict(path))
+
+
+def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The same as it is stored, which may be compact.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,7 +94,7 @@ def state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
     else:
         tensors = _weights(_load(path), path)[1]
-    return expand({_unwrapped(name): tensor for name, tensor in tensors.items()})
+    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -113,7 +123,8 @@ def _load(path: Path) -> Any:
                 raise ValueError(
                     f"{path} is a pickle that needs code to run ({code[1]}); mkf never runs code from a file. "
                     "If you trust the file, save its tensors alone, then read those: "
-                    "state = torch.load(path, weights_only=False)['state_dict'] (or the entry that holds the weights); "
+                    "state = torch.load(path, weights_only=False)['state_dict'] (or the entry that holds the weights; "
+                    "of a whole model its .state_dict()); "
                     "safetensors.torch.save_file(state, 'weights.safetensors')"
                 ) from error
             # torch's own text is left out: it advises to load the file with weights_only=False.

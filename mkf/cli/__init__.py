@@ -3,6 +3,8 @@
 Every command imports what it needs when it runs, so `mkf --help` stays quick.
 """
 
+from typing import Annotated
+
 import typer
 
 from mkf.cli import analyze, bank, bench, convert, env, fit, identify, report, reproduce, search, train
@@ -13,6 +15,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import mkf
+
+        typer.echo(f"mkf {mkf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("env")(env.command)
 app.add_typer(bank.app, name="bank")
 app.command("analyze")(analyze.command)

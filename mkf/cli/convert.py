@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 def command(
     source: Annotated[str, typer.Argument(metavar="TIMM_NAME|CHECKPOINT", help="The network.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
-    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="paper8|analytic:B|FILE",
+            help="The keys: paper8, or those of a --compact network, whose filters then stay.",
+            show_default=False,
+        ),
+    ] = None,
     compact: Annotated[
         bool,
         typer.Option(
@@ -47,9 +54,9 @@ def command(
     with user_errors():
         from rich.console import Console
 
+        from mkf.bank.compact import KEYS, expand
         from mkf.bank.compact import compact as to_compact
-        from mkf.bank.compact import expand
-        from mkf.keys import parse
+        from mkf.keys import KeySet, parse
 
         console = Console(highlight=False)
         if out.suffix != ".safetensors":
@@ -58,19 +65,27 @@ def command(
             raise ValueError("--model and --image-size go with --finetune")
         if out.exists() and Path(source).expanduser().exists() and out.samefile(Path(source).expanduser()):
             raise ValueError(f"--out {out} is the network itself, whose filters would be lost: choose another name")
-        key_set = parse(keys)
+        given = parse(keys or "paper8")  # wrong keys are told before anything is read or trained
         config = None
         if finetune is not None:
             run = out.with_suffix(".finetuned")
-            config = _training(source, pretrained, keys, finetune, run, model, epochs, lr, batch_size, image_size)
-        state = _weights(source, pretrained)
+            config = _training(
+                source, pretrained, keys or "paper8", finetune, run, model, epochs, lr, batch_size, image_size
+            )
+        weights = _weights(source, pretrained)
+        own_keys = keys is None and KEYS in weights
+        if own_keys and config is not None:
+            raise ValueError(f"{source} has keys of its own, and --finetune has to know which: name them with --keys")
+        key_set = KeySet(weights[KEYS]) if own_keys else given
+        state = expand(weights)
         small, fits = to_compact(state, key_set)
         _print_layers(fits, len(key_set), console)
+        _print_left_alone(state, fits, console)
         if config is not None:
             _train(config, console)
             small, _ = to_compact(expand(_weights(str(run / "model.safetensors"), False)), key_set)
-        written = small if compact else expand(small)
-        _save(written, out, {"format": "pt", "keys": keys})
+        written = small if compact else state if own_keys else expand(small)
+        _save(written, out, {"format": "pt", "keys": f"those of {Path(source).name}" if own_keys else keys or "paper8"})
         whole, stored, parts = _bytes(state), _bytes(small), _bytes({name: state[f"{name}.weight"] for name in fits})
         console.print(
             f"{sum(len(fit.index) for fit in fits.values())} filters in {len(fits)} layers: {parts:,} bytes, "
@@ -80,12 +95,12 @@ def command(
 
 
 def _weights(source: str, pretrained: bool) -> dict[str, Any]:
-    """The state dict of a checkpoint file or of a model of timm, with keys written out as filters."""
-    from mkf.bank.checkpoint import SUFFIXES, state_dict
+    """The state dict of a checkpoint file, which may be compact, or of a model of timm."""
+    from mkf.bank.checkpoint import SUFFIXES, stored_state_dict
     from mkf.bank.hub import create
 
     if Path(source).expanduser().exists() or source.endswith(SUFFIXES):
-        return state_dict(source)
+        return stored_state_dict(source)
     return dict(create(source, pretrained).model.state_dict())
 
 
@@ -101,6 +116,18 @@ def _print_layers(fits: dict[str, AffineFit], keys: int, console: Any) -> None:
         mean, worst = (f"{live.mean():.3f}", f"{live.max():.3f}") if len(live) else ("-", "-")
         table.add_row(name, str(len(fit.index)), f"{len(fit.index.unique())} of {keys}", mean, worst)
     console.print(table, "")
+
+
+def _print_left_alone(state: dict[str, Any], fits: dict[str, AffineFit], console: Any) -> None:
+    from mkf.bank.extract import is_depthwise
+
+    others: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        layer = name.removesuffix(".weight")
+        if is_depthwise(name, tensor.shape) and layer not in fits:
+            others.setdefault("{}x{}".format(*tensor.shape[2:]), []).append(layer)
+    for size, layers in others.items():
+        console.print(f"Left alone, {size} unlike the keys: {', '.join(layers)}", soft_wrap=True)
 
 
 def _training(

@@ -55,6 +55,8 @@ def command(
         from mkf.bank.fit import write_fit
         from mkf.keys import parse
 
+        if out.suffix != ".parquet" and not out.is_dir():
+            raise ValueError(f"--out {out}: the file is a Parquet file, so call it {out.stem}.parquet")
         stderr = Console(stderr=True)
         bound = _bytes(memory)
         key_set = parse(keys)

@@ -47,6 +47,7 @@ def command(
     Keys are listed one by one with their scales in pixels; of a bank the share of each kind is told, with the medians
     of its filters' scales and residuals. In 3x3 a Gaussian, a second difference and a difference of Gaussians can be
     the same filter, and is then called by the first of these names; a central difference has no scale along its axis.
+    A scale that is marked >= is the largest that is looked for.
     """
     with user_errors():
         import pyarrow as pa
@@ -81,7 +82,7 @@ def command(
                     of_size = filters.select(k=k)
                     progress.update(task, description=f"{source} {k}x{k}")
                     found = identify(of_size, progress=show)
-                    console.print(_bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found), "")
+                    console.print(_bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found, k), "")
                     if out is not None:
                         metadata = of_size.metadata
                         where = {name: metadata[name] for name in ("model", "layer", "channel", "kernel_size")}
@@ -114,12 +115,12 @@ def _key_table(source: str, keys: KeySet, found: Identification) -> Table:
     for heading in ("s_x", "s_y", "alpha", "resid", "s_x by moments", "s_y"):
         table.add_column(heading, justify="right")
     scales = found.scale_x, found.scale_y, found.alpha, found.residual, found.moment_scale_x, found.moment_scale_y
-    for name, kind, *numbers in zip(keys.names, found.name, *scales, strict=True):
-        table.add_row(name, kind, *map(_number, numbers))
+    for name, kind, s_x, s_y, *numbers in zip(keys.names, found.name, *scales, strict=True):
+        table.add_row(name, kind, *(_scale(s, keys.kernel_size) for s in (s_x, s_y)), *map(_number, numbers))
     return table
 
 
-def _bank_table(title: str, found: Identification) -> Table:
+def _bank_table(title: str, found: Identification, k: int) -> Table:
     """One row per kind that occurs, the most frequent first: the quartiles are of that kind's filters."""
     import numpy as np
 
@@ -134,8 +135,8 @@ def _bank_table(title: str, found: Identification) -> Table:
         medians = (np.median(x[of_kind]) for x in (found.scale_x, found.scale_y))
         positive = f"{(found.sign[of_kind] > 0).mean():.0%}"
         table.add_row(
-            kind, f"{count:,}", f"{100 * count / len(found):.1f}", positive.rstrip("%"), *map(_number, medians),
-            *map(_number, quartiles),
+            kind, f"{count:,}", f"{100 * count / len(found):.1f}", positive.rstrip("%"),
+            *(_scale(s, k) for s in medians), *map(_number, quartiles),
         )  # fmt: skip
     return table
 
@@ -147,6 +148,13 @@ def _table(title: str) -> Table:
 
     heading = Text(title, style="bold")  # as it is: no markup in a file's name
     return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+
+
+def _scale(value: float, k: int) -> str:
+    """A scale, marked where it is the largest that is looked for: the filter's own may be larger."""
+    from mkf.keys.family import max_scale
+
+    return f">={max_scale(k):.3f}" if value >= max_scale(k) - 1e-6 else _number(value)
 
 
 def _number(value: float) -> str:

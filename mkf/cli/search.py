@@ -81,6 +81,8 @@ def command(
                 "--compare prints a table of all methods and takes no --out, --objective, --state, --figures"
             )
         if out is not None:
+            if out.suffix != ".safetensors" and not out.is_dir():
+                raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
             _outputs.file(out, "--out")
         elif not compare:
             raise ValueError("name the key file to write: --out keys.safetensors")

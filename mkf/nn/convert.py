@@ -55,7 +55,8 @@ def convert(
         order: Of the keys over the channels where they are not fitted: "blocks", which rotate from layer to layer so
             that a residual channel does not always meet the same key, or "random".
         seed: Of the random order.
-        train: What trains in the new layers: any of "scale", "shift", "bias" and "keys".
+        train: What trains in the new layers, also where the old ones were frozen: any of "scale", "shift", "bias" and
+            "keys", or nothing.
         tolerance: Relative error allowed in a key where it makes it cheaper, see `KeySet.plan`.
         batch: One input of the model, or a tuple of its arguments. The model runs on it, in evaluation mode, and the
             report then has the error of each layer's output, its share of the time and the network's speed-up.

@@ -35,6 +35,10 @@ class KeyConv2d(nn.Module):
     `train=("shift", "bias")`; its answers to reviewers have no linear shift, `train=("bias",)`. The initial values,
     which the paper does not publish, are ours.
 
+    It is no subclass of `nn.Conv2d`, and `weight` is computed at each call: writing to it, as `torch.nn.init` does,
+    changes nothing. Take filters over with `fit_weight`, and do what needs a weight that is stored, such as pruning,
+    weight norm or torch's fusion with a batch norm, to what `to_conv2d` or `mkf.restore` returns.
+
     The state is `keys` (K, k, k), `index` (C,) int32, and `scale`, `shift` and `bias` (C,). Writing to them in place
     takes effect at the next forward. The keys stay float32 whatever dtype the layer is converted to, because rounded
     keys are no longer separable. A layer on the meta device has no values: load a state after `to_empty`.

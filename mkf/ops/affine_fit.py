@@ -1,5 +1,6 @@
 """The affine fit: which key each filter is, and the scale and shift that make it one."""
 
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ class AffineFit(NamedTuple):
         index: int32, the key; -1 for a filter that holds NaN or Inf.
         scale: float32, a of a * key + b; 0 for a constant (dead) filter.
         shift: float32, b of a * key + b.
-        residual: float32 in [0, 1], ||f - (a * key + b)|| / ||f - mean(f)||: 0 exact, 1 no better than a constant.
+        residual: float32 in [0, 1], ||f - (a * key + b)|| / ||f - mean(f)||: 0 exact, 1 no better than a constant; to
+            about 1e-6, by which an exact copy may differ from 0.
     """
 
     index: Any
@@ -106,8 +108,10 @@ def affine_fit(
         raise TypeError(f"backend={backend!r}: give the name of an implementation")
     f = filters_tensor(filters)
     q = keys_tensor(keys, f)
-    if topk is not None and not (isinstance(topk, int) and 1 <= topk <= len(q)):
-        raise ValueError(f"topk={topk!r}: expected a whole number from 1 to {len(q)}, the number of keys")
+    if topk is not None:
+        if isinstance(topk, bool) or not isinstance(topk, Integral) or not 1 <= topk <= len(q):
+            raise ValueError(f"topk={topk!r}: expected a whole number from 1 to {len(q)}, the number of keys")
+        topk = int(topk)
     refuse_transforms(f, q)
 
     count, several = (len(f),), (len(f), topk or len(q))

@@ -95,6 +95,35 @@ def test_the_network_itself_is_not_overwritten(checkpoint: Path) -> None:
     assert checkpoint.read_bytes() == before
 
 
+def test_a_compact_network_keeps_its_keys(checkpoint: Path, tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("plain", "small", "again", "smaller", "paper")}
+    assert run(checkpoint, "--out", paths["plain"], "--keys", "analytic:B")[0] == 0
+    assert run(checkpoint, "--out", paths["small"], "--keys", "analytic:B", "--compact")[0] == 0
+    assert run(paths["small"], "--out", paths["again"])[0] == 0
+    assert run(paths["small"], "--out", paths["smaller"], "--compact")[0] == 0
+    assert run(paths["small"], "--out", paths["paper"], "--keys", "paper8")[0] == 0
+    plain, again, smaller, paper = (load_file(paths[name]) for name in ("plain", "again", "smaller", "paper"))
+    assert plain.keys() == again.keys() == paper.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())
+    torch.testing.assert_close(expand(smaller), plain)
+    name = "stages.0.blocks.0.conv_dw.weight"
+    assert mkf.affine_fit(paper[name][:, 0], mkf.keys.paper8()).residual.max() < 1e-4
+    code, _, stderr = run(paths["small"], "--out", tmp_path / "x.safetensors", "--finetune", tmp_path, "--model", "m")
+    assert code != 0
+    assert "name them with --keys" in stderr
+
+
+def test_what_is_left_alone_is_named(tmp_path: Path) -> None:
+    path, out = tmp_path / "net.pth", tmp_path / "keys.safetensors"
+    weights = {f"blocks.{i}.weight": torch.randn(4, 1, k, k) for i, k in enumerate((7, 5, 3, 5))}
+    torch.save({**weights, "head.weight": torch.randn(3, 4)}, path)
+    code, stdout, _ = run(path, "--out", out)
+    assert code == 0
+    assert "Left alone, 5x5 unlike the keys: blocks.1, blocks.3" in stdout
+    assert "Left alone, 3x3 unlike the keys: blocks.2" in stdout
+    assert torch.equal(load_file(out)["blocks.1.weight"], weights["blocks.1.weight"])
+
+
 def test_compact_round_trip_and_its_errors() -> None:
     keys = mkf.keys.paper8()
     filters = torch.randn(6, 1, 7, 7)

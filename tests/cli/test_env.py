@@ -1,5 +1,6 @@
 from typer.testing import CliRunner
 
+import mkf
 from mkf.cli import app
 from mkf.kernels import extension, registry
 
@@ -11,6 +12,11 @@ def test_env_names_every_implementation(monkeypatch):
     for implementation in registry.IMPLEMENTATIONS:
         assert implementation.name in result.output
     assert "chosen" in result.output
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"mkf {mkf.__version__}\n")
 
 
 def test_env_without_the_extension_names_numba(monkeypatch):

@@ -114,6 +114,7 @@ def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> No
     assert "--memory plenty" in refused(bank_dir, "--out", out, "--memory", "plenty")
     assert "memory=1000" in refused(bank_dir, "--out", out, "--memory", "1kB")
     assert "is a folder" in refused(bank_dir, "--out", tmp_path)
+    assert "so call it fit.parquet" in refused(bank_dir, "--out", "fit.csv")
     assert not out.exists()
     FilterBank.open(bank_dir).select(k=5).save(tmp_path / "five")
     assert "keys are 7x7 but" in refused(tmp_path / "five", "--out", out)

@@ -38,6 +38,14 @@ def test_keys_are_listed(tmp_path: Path) -> None:
     assert "8 keys 7x7" in identify(tmp_path / "keys.safetensors").stdout
 
 
+def test_scales_beyond_the_largest_are_marked(tmp_path: Path) -> None:
+    x = torch.arange(7) - 3.0
+    wide, narrow = (torch.exp(-(x**2) / (2 * s**2)) for s in (3.0, 1.0))
+    mkf.KeySet(torch.stack([wide[:, None] * wide, narrow[:, None] * narrow])).save(tmp_path / "keys.safetensors")
+    output = identify(tmp_path / "keys.safetensors").stdout
+    assert output.count(">=2.000") == 2
+
+
 def test_a_bank_is_summed_up(bank_dir: Path) -> None:
     result = identify(bank_dir)
     assert result.exit_code == 0, result.output

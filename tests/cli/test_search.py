@@ -157,11 +157,12 @@ def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> No
 def test_what_cannot_be_written_is_refused_before_the_search(bank_dir: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "this is a folder; name a file" in refused(bank_dir, "--out", bank_dir)
+    assert "call it keys.safetensors" in refused(bank_dir, "--out", "keys.txt")
     for option in ("--figures", "--state"):
         assert "this is a file; name a folder" in refused(bank_dir, "--out", out, option, tmp_path / "file")
         assert "cannot be made" in refused(bank_dir, "--out", out, option, tmp_path / "file" / "below")
     if Path("/proc/self").is_dir():  # where nobody may make a file, not even root
-        assert "--out /proc/keys: the folder /proc cannot be written" in refused(bank_dir, "--out", "/proc/keys")
+        assert "the folder /proc cannot be written" in refused(bank_dir, "--out", "/proc/keys.safetensors")
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bank", "file"]
 

@@ -1,5 +1,8 @@
 """Every implementation that runs on a CPU against float64, on random, real and awkward filters."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -307,6 +310,16 @@ def test_whatever_comes(data):
         assert (result.residual[dead] == 0).all()
         if live.any():
             assert_agrees([x[live] for x in result], filters[live], keys)
+
+
+def test_numba_leaves_the_number_of_threads_to_torch():
+    pytest.importorskip("numba")
+    code = (
+        "import torch; from mkf import affine_fit; torch.set_num_threads(1); "
+        "affine_fit(torch.randn(9, 7, 7), torch.randn(2, 7, 7), backend='numba'); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_numba_in_a_forked_worker_says_so(monkeypatch):

@@ -104,6 +104,11 @@ def test_keys_that_fit_nothing(filters, keys, value):
         mkf.affine_fit(filters, keys)
 
 
+def test_topk_of_numpy(filters, keys):
+    fit, same = (mkf.affine_fit(filters, keys, topk=topk) for topk in (2, np.int64(2)))
+    assert all(torch.equal(x, y) for x, y in zip(fit, same, strict=True))
+
+
 def test_no_filters(filters, keys):
     fit = mkf.affine_fit(filters[:0], keys, topk=2)
     assert [(x.shape, x.dtype) for x in fit] == [((0, 2), torch.int32), *[((0, 2), torch.float32)] * 3]

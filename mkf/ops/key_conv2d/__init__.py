@@ -65,7 +65,8 @@ def key_conv2d(
         (N, C, H', W') or (C, H', W') of the dtype of x, H' = (H + 2 * padding - dilation * (k - 1) - 1) // stride + 1.
         It has derivatives with respect to x, scale, shift, bias and keys given as a tensor. Where the fast
         implementations run, the first ones are deterministic, on the CPU also whatever the number of threads; second
-        ones, forward mode and torch.func take PyTorch's convolution.
+        ones, forward mode and torch.func take PyTorch's convolution. What is not finite in x reaches the outputs whose
+        window holds it and no others; as filters are added up in parts, these are often NaN where `conv2d` has Inf.
 
     Raises:
         ValueError: Shapes that do not fit together, an index out of range, a scale or shift or key that is not finite,
