@@ -54,6 +54,7 @@ class BuildNative(build_ext):
         except SystemExit:
             raise
         except Exception as error:
+            Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)  # one that is there is of other sources
             print(f"mkf: building without mkf._native, numba takes over ({error})", file=sys.stderr)
 
     def compile_and_link(self, ext: Pybind11Extension) -> None:

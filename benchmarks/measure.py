@@ -39,12 +39,17 @@ class Row:
 
 @dataclass
 class Result:
-    """All rows of one problem, with what is needed to read them later."""
+    """All rows of one problem, with what is needed to read them later.
+
+    Attributes:
+        derived: What a suite works out of the turns, which are not written.
+    """
 
     problem: dict[str, Any]
     baseline: str
     rows: list[Row]
     environment: dict[str, Any] = field(default_factory=lambda: environment())
+    derived: dict[str, Any] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The row of a candidate."""
@@ -125,8 +130,6 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    folder = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "processor": _processor(),
@@ -134,8 +137,20 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this is run from, if it is one and there is git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # else git would tell of any repository that mkf is installed in
+        return None
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -5,14 +5,13 @@ No depthwise layer can make a network faster than the same network without any, 
     share removed = (time of a peer - time with keys) / (time of that peer - time without depthwise layers).
 
 Both differences are small beside a step, and where the C library asks for memory anew, steps of one network differ by
-as much. So the process keeps its memory (`measure.keep_memory`), each difference is the median over the turns, and
-more rounds help.
+as much. So the process keeps its memory (`measure.keep_memory`), each difference is the median over the turns, more
+rounds help, and the share comes with its spread.
 """
 
-import statistics
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,8 @@ VARIANTS = MKF, FROZEN, BIAS_ADDED, NONE, FREE
 
 TRAIN = ("shift", "bias")  # as in the paper's text; its answers to reviewers have the bias alone, as the frozen peers
 
+_SAMPLES = 2000
+
 WARM_UP = 2  # rounds after which all the memory that is needed is there
 
 
@@ -49,7 +50,7 @@ class BiasAdded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, then the bias."""
         conv = self.conv
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups) + self.bias
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups).add_(self.bias)
 
 
 class Subsample(nn.Module):
@@ -122,14 +123,39 @@ def run(
     what: dict[str, Any] = {"model": name, "mode": mode, "batch": batch, "size": size, "order": order}
     what |= {"train": list(train)} if mode == "training" else {}
     what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
-    return take_turns(found, baseline, what, rounds)
+    result = take_turns(found, baseline, what, rounds)
+    measured = {row.name.rpartition(", ")[0] for row in result.rows}
+    if MKF in measured:
+        result.derived["share removed"] = {
+            peer: share_removed(result, peer) for peer in VARIANTS if peer in measured and peer not in (MKF, NONE)
+        }
+    return result
 
 
-def share_removed(result: Result, peer: str, name: str = MKF) -> float:
-    """Part of the peer's depthwise time that is gone, each in its fastest layout: a ratio of medians over turns."""
-    peers, own, none = (result.row(fastest(result, variant)).turns for variant in (peer, name, NONE))
-    gone, cost = (statistics.median(p - t for p, t in zip(peers, turns, strict=True)) for turns in (own, none))
-    return gone / cost
+class Share(NamedTuple):
+    """A share of time, and the 10th and 90th percentile of what other samples of as many turns would have shown."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
+
+
+def share_removed(result: Result, peer: str, name: str = MKF) -> Share:
+    """Part of the peer's depthwise time that is gone, each in its fastest layout: a ratio of medians over turns.
+
+    Its spread is that of turns drawn with replacement (the bootstrap), always the same ones.
+    """
+    turns = [result.row(fastest(result, variant)).turns for variant in (peer, name, NONE)]
+    peers, own, none = torch.tensor(turns, dtype=torch.float64)
+    gone, cost = peers - own, peers - none
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(peers), (_SAMPLES, len(peers)), generator=generator)
+    shares = gone[drawn].quantile(0.5, 1) / cost[drawn].quantile(0.5, 1)
+    low, high = shares.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+    return Share((gone.quantile(0.5) / cost.quantile(0.5)).item(), low, high)
 
 
 def times_as_long(result: Result) -> dict[str, float]:

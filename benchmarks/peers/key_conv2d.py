@@ -33,11 +33,11 @@ def free_module(weight: Tensor, bias: Tensor, stride: int = 1) -> nn.Conv2d:
 
 
 def bias_added(weight: Tensor, bias: Tensor, stride: int = 1) -> Peer:
-    """The convolution without a bias, which is added: spares the slow gradient of a convolution with a bias."""
+    """The convolution, and its bias added in place: spares the slow gradient of a convolution with a bias."""
     bias = bias.view(-1, 1, 1).detach().clone().requires_grad_()
 
     def run(x: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight)) + bias
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight)).add_(bias)
 
     return run
 

@@ -176,11 +176,10 @@ def model(
         table.add_column("network")
         for word in ("ms", "images/s", "times as long as without", "of its depthwise time, mkf removes"):
             table.add_column(word, justify="right")
+        shares = result.derived.get("share removed", {})
         for row in result.rows:
             variant = row.name.rpartition(", ")[0]
-            removed = ""
-            if row.name == fastest(result, variant) and variant not in (suite.MKF, suite.NONE):
-                removed = f"{100 * suite.share_removed(result, variant):.0f} %" if _has(result, suite.MKF) else ""
+            removed = str(shares[variant]) if variant in shares and row.name == fastest(result, variant) else ""
             table.add_row(
                 row.name, f"{row.seconds * 1e3:.1f}", f"{batch / row.seconds:.1f}", f"{row.ratio:.2f}", removed
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,7 @@ def command(
     with user_errors():
         from rich.console import Console
 
-        from mkf.bank.compact import KEYS, expand
+        from mkf.bank.compact import KEYS, expand, with_shared_keys
         from mkf.bank.compact import compact as to_compact
         from mkf.keys import KeySet, parse
 
@@ -83,12 +84,16 @@ def command(
         _print_left_alone(state, fits, console)
         if config is not None:
             _train(config, console)
-            small, _ = to_compact(expand(_weights(str(run / "model.safetensors"), False)), key_set)
-        written = small if compact else state if own_keys else expand(small)
+            small = with_shared_keys(_weights(str(run / "model.safetensors"), False), key_set)
+            state = expand(small)
+        elif not own_keys:
+            state = expand(small)
+        written = small if compact else state
         _save(written, out, {"format": "pt", "keys": f"those of {Path(source).name}" if own_keys else keys or "paper8"})
-        whole, stored, parts = _bytes(state), _bytes(small), _bytes({name: state[f"{name}.weight"] for name in fits})
+        filters = [state[name] for name in state if f"{name.removesuffix('.weight')}.index" in small]
+        whole, stored, parts = _bytes(state.values()), _bytes(small.values()), _bytes(filters)
         console.print(
-            f"{sum(len(fit.index) for fit in fits.values())} filters in {len(fits)} layers: {parts:,} bytes, "
+            f"{sum(map(len, filters))} filters in {len(filters)} layers: {parts:,} bytes, "
             f"{stored - (whole - parts):,} as index, scale, shift and keys; the whole network {whole:,} and {stored:,}."
         )
         console.print(f"Written to {out}: {out.stat().st_size:,} bytes", soft_wrap=True)
@@ -178,6 +183,7 @@ def _training(
         lr=lr,
         batch_size=batch_size,
         warmup_epochs=0,
+        depthwise_weight_decay=0.05,  # of filters that stay free: they are trained, and have no initial noise to lose
         image_size=image_size or 224,
     )
 
@@ -208,5 +214,5 @@ def _save(state: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
     os.replace(partial, out)
 
 
-def _bytes(state: dict[str, Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -43,9 +44,9 @@ def convert(
     Any other `assign` gives new layers to train from scratch, whatever the old filters were.
 
     Replaced is every `nn.Conv2d`, and timm's `Conv2dSame` where it pads evenly, that has one filter per channel, of the
-    size of the keys, and is neither parametrised nor hooked. `conversion_report(model)` tells which were left alone and
-    why. Where the model has filters of several sizes, call this again with keys of each. Convert before the model is
-    compiled, wrapped or given to an optimiser.
+    size of the keys, shares no parameter with another layer, and is neither parametrised nor hooked.
+    `conversion_report(model)` tells which were left alone and why. Where the model has filters of several sizes, call
+    this again with keys of each. Convert before the model is compiled, wrapped or given to an optimiser.
 
     Args:
         model: Changed in place, unless it is itself a depthwise convolution: then only what is returned has keys.
@@ -80,11 +81,14 @@ def convert(
     generator = torch.Generator().manual_seed(seed)
     new: dict[str, KeyConv2d] = {}
     reports: dict[str, LayerReport] = {}
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for name, conv in _layers(model, nn.Conv2d):
         if not conv.groups == conv.in_channels > 1:
             continue
         report = reports[name] = LayerReport(name, conv.out_channels, (conv.kernel_size[0], conv.kernel_size[1]))
         report.reason = _why_not(name, conv, filter_fn)
+        if report.reason is None and any(owners[id(p)] > 1 for p in conv.parameters(recurse=False)):
+            report.reason = "it shares parameters with another layer"
         if report.reason is not None:
             continue
         try:
@@ -135,10 +139,14 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: A layer has hooks, which would be lost. The model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes a torch module, not a {type(model).__name__}")
-    model = _replaced(model, {name: layer.to_conv2d() for name, layer in _layers(model, KeyConv2d)})
+    layers = _layers(model, KeyConv2d)
+    if hooked := [name or "the model" for name, layer in layers if _has_hooks(layer)]:
+        raise ValueError(f"these layers have hooks, which would be lost: remove them from {', '.join(hooked)}")
+    model = _replaced(model, {name: layer.to_conv2d() for name, layer in layers})
     if hasattr(model, _RECORD):
         delattr(model, _RECORD)
     return model
@@ -155,9 +163,13 @@ def _why_not(name: str, conv: nn.Conv2d, filter_fn: FilterFn | None) -> str | No
         return "left out by filter_fn"
     if is_parametrized(conv):
         return "its weight is parametrised, computed anew at every step"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if _has_hooks(conv):
         return "it has hooks, which would be lost"
     return None
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:

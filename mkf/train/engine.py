@@ -225,9 +225,11 @@ class _Run:
         """Provenance of saved weights; safetensors keeps strings only."""
         import timm
 
+        kwargs = {name: value for name, value in self.config.model_kwargs.items() if name != "pretrained"}
         return {
             "model": self.config.model,
-            "model_kwargs": json.dumps(dict(self.config.model_kwargs, num_classes=self.classes)),
+            "model_kwargs": json.dumps(kwargs | {"num_classes": self.classes}),
+            "weights": self.config.weights or ("pretrained" if self.config.model_kwargs.get("pretrained") else ""),
             "keys": self.config.keys,
             "image_size": str(self.config.image_size),
             "data_set": self.config.data_set,

@@ -171,6 +171,32 @@ def test_what_is_left_alone_and_why() -> None:
     assert "left alone" in str(conversion_report(model))
 
 
+def test_layers_that_share_their_filters_are_left_alone() -> None:
+    model = nn.Sequential(*(nn.Conv2d(6, 6, 7, padding=3, groups=6) for _ in range(3)))
+    model[2].weight = model[0].weight
+    converted = mkf.convert(model, mkf.keys.paper8())
+    assert [type(layer) for layer in converted] == [nn.Conv2d, mkf.KeyConv2d, nn.Conv2d]
+    assert converted[2].weight is converted[0].weight
+    assert "shares parameters" in str(mkf.conversion_report(converted))
+
+
+def test_a_module_that_is_used_twice_has_one_replacement() -> None:
+    layer = nn.Conv2d(6, 6, 7, padding=3, groups=6)
+    converted = mkf.convert(nn.Sequential(layer, nn.ReLU(), layer), mkf.keys.paper8())
+    assert isinstance(converted[0], mkf.KeyConv2d)
+    assert converted[0] is converted[2]
+
+
+def test_layers_with_hooks_are_not_restored() -> None:
+    model = mkf.convert(nn.Sequential(nn.Conv2d(6, 6, 7, padding=3, groups=6)), mkf.keys.paper8())
+    handle = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="have hooks, which would be lost: remove them from 0"):
+        mkf.restore(model)
+    assert isinstance(model[0], mkf.KeyConv2d)
+    handle.remove()
+    assert isinstance(mkf.restore(model)[0], nn.Conv2d)
+
+
 def test_conv2d_same_computes_the_same() -> None:
     conv, keys = own_keys(nn.Sequential(timm.layers.Conv2dSame(8, 8, 7, groups=8)))
     x = torch.randn(2, 8, 11, 6)

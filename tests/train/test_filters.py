@@ -1,8 +1,10 @@
 """A finished run as a bank of trained and untrained filters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +28,29 @@ def test_trained_and_untrained_filters_with_their_provenance(colours: Path) -> N
         assert ("test accuracy" in source) == (file == "model")
     assert f"2 epochs, test accuracy {history[-1].top1:.2f} %" in bank.select(model="run").metadata["source"][0].as_py()
     assert set(bank.metadata["licence"].to_pylist()) == {"MIT"}
+
+
+def test_a_run_that_started_from_weights_has_no_control(colours: Path) -> None:
+    first = config(colours, "run")
+    train(first)
+    second = replace(first, out=f"{first.out}-again", weights=f"{first.out}/model.safetensors")
+    train(second)
+    assert learned_filters(second.out).models == (Path(second.out).name,)
+
+
+def test_pretrained_is_not_asked_for_again(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, asked = timm.create_model, []
+
+    def offline(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        asked.append(pretrained)
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    kwargs = {"pretrained": True, "depths": (1, 1, 1, 1), "dims": (4, 4, 4, 4)}
+    settings = replace(config(colours, "run"), model="convnext_atto", model_kwargs=kwargs, image_size=32)
+    train(settings)
+    assert learned_filters(settings.out).models == ("run",)
+    assert asked == [True, False]
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

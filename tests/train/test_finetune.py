@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mkf
+from mkf.bank.checkpoint import state_dict
 from mkf.cli import app
 from mkf.train import TrainConfig, build_model, learned_filters, train
 
@@ -41,6 +43,23 @@ def test_finetune_trains_the_converted_network(colours: Path, tmp_path: Path) ->
     assert before.keys() == after.keys()
     bank = mkf.FilterBank.from_checkpoint(out)
     assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_was_trained_is_what_is_written(colours: Path, tmp_path: Path, compact: bool) -> None:
+    """Also of layers that stay as they are, such as those of stride 2 that pad one side more."""
+    name, out, source = "tf_mobilenetv3_small_minimal_100", tmp_path / "keys.safetensors", tmp_path / "net.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, num_classes=2).state_dict(), source)
+    options = ["--keys", "analytic:B:3", "--out", out, "--finetune", colours, "--epochs", 1, "--batch-size", 8]
+    options += ["--image-size", 32, "--model", name, *(["--compact"] if compact else [])]
+    code, stdout, stderr = run("convert", source, *options)
+    assert code == 0, stderr
+    assert "-" not in stdout.split("bytes,")[1].split("as index")[0]
+    trained = state_dict(tmp_path / "keys.finetuned" / "model.safetensors")
+    written = state_dict(out)
+    assert trained.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in trained.items())
 
 
 def test_trained_from_scratch_with_keys(colours: Path, tmp_path: Path) -> None:
