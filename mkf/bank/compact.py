@@ -51,6 +51,17 @@ def compact(state: Mapping[str, torch.Tensor], keys: KeySet) -> tuple[dict[str, 
     return out | {KEYS: keys.filters}, fits
 
 
+def with_shared_keys(state: Mapping[str, torch.Tensor], keys: KeySet) -> dict[str, torch.Tensor]:
+    """The compact state dict of a model whose `KeyConv2d` layers all have these keys; nothing is fitted again."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        layer, _, part = name.rpartition(".")
+        has_keys = all(f"{layer}.{other}" in state for other in PARTS)
+        if not (has_keys and part == "keys"):
+            out[name] = tensor.to(torch.uint8) if has_keys and part == "index" else tensor
+    return out | {KEYS: keys.filters}
+
+
 def is_part(name: str) -> bool:
     """Whether `expand` looks at an entry of this name."""
     return name == KEYS or name.rpartition(".")[2] in PARTS
@@ -60,18 +71,29 @@ def expand(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The ordinary state dict of one from `compact`, or of a model with `KeyConv2d` layers.
 
     The filters of a layer are written out as its weight, (C, 1, k, k) float32:
-    `weight = scale * keys[index] + shift`, with the keys of the layer or those all layers share.
+    `weight = scale * keys[index] + shift`, with the keys of the layer or those all layers share. It stands where the
+    first of the layer's parts stood: a checkpoint's order is the depth of its layers.
 
     Raises:
         ValueError: A layer has no keys, or an index beyond them.
     """
-    out = {name: tensor for name, tensor in state.items() if name != KEYS}
     layers = [name.removesuffix(".index") for name in state if name.endswith(".index")]
-    for layer in (layer for layer in layers if f"{layer}.scale" in state and f"{layer}.shift" in state):
-        index, scale, shift = (out.pop(f"{layer}.{part}") for part in ("index", "scale", "shift"))
-        keys = out.pop(f"{layer}.keys", state.get(KEYS))
-        if keys is None or int(index.max()) >= len(keys):
-            raise ValueError(f"the layer {layer} has " + ("no keys" if keys is None else "an index beyond its keys"))
-        filters = scale.view(-1, 1, 1) * keys[index.long()] + shift.view(-1, 1, 1)
-        out[f"{layer}.weight"] = filters[:, None]
+    weights = {
+        layer: _weight(layer, state) for layer in layers if f"{layer}.scale" in state and f"{layer}.shift" in state
+    }
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        layer, _, part = name.rpartition(".")
+        if layer in weights and part in (*PARTS, "weight"):
+            out[f"{layer}.weight"] = weights[layer]  # its place stays that of the layer's first part
+        elif name != KEYS:
+            out[name] = tensor
     return out
+
+
+def _weight(layer: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    index, scale, shift = (state[f"{layer}.{part}"] for part in ("index", "scale", "shift"))
+    keys = state.get(f"{layer}.keys", state.get(KEYS))
+    if keys is None or int(index.max()) >= len(keys):
+        raise ValueError(f"the layer {layer} has " + ("no keys" if keys is None else "an index beyond its keys"))
+    return (scale.view(-1, 1, 1) * keys[index.long()] + shift.view(-1, 1, 1))[:, None]

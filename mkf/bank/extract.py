@@ -109,5 +109,7 @@ def _weight_in_force(module: nn.Module) -> Any:
 def _is_depthwise(module: Any) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == module.in_channels > 1
+    if hasattr(module, "_orig_mod"):  # torch.compile's module has all that the one inside has, which comes next
+        return False
     # KeyConv2d lives on a floor above: it is known by what it has, one key's index per channel.
     return isinstance(module, nn.Module) and all(hasattr(module, name) for name in ("keys", "index", "kernel_size"))

@@ -198,7 +198,7 @@ class FilterBank:
         `.NAME.saving-...` beside it, which may be deleted. Memory stays bounded, whatever the size of the bank.
 
         Raises:
-            FileExistsError: The path is a file, or a folder that holds something else than a bank.
+            FileExistsError: The path is a file, or a folder that holds something else than a bank, or besides one.
             OSError: The folder cannot be written.
             ValueError: A model's name is too long for a folder.
         """

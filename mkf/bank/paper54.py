@@ -98,13 +98,16 @@ def build(
         progress: Called with each entry before it is read or fetched.
 
     Raises:
+        FileExistsError: `path` is a file, or a folder that holds something else than a bank, or besides one.
         FileNotFoundError: There is no folder `files`.
         OSError: The bank cannot be written.
         ValueError: Nothing could be built, or the bank at `path` is damaged.
     """
-    if files is not None and not Path(files).is_dir():
+    if files is not None and not (files := Path(files).expanduser()).is_dir():
         raise FileNotFoundError(f"there is no folder {files}")
-    bank = FilterBank.open(path) if storage.is_bank(Path(path)) else FilterBank()
+    path = storage.settle(path)
+    storage.refuse_other_things(path)  # now, and not after all the work
+    bank = FilterBank.open(path) if storage.is_bank(path) else FilterBank()
     present = set(bank.models)
     gathered: list[FilterBank] = []
     missing: dict[str, str] = {}

@@ -76,8 +76,21 @@ class Shard:
             yield from self.data.select(columns).to_batches(max_chunksize=rows)
             return
         with self._named_errors():
-            for fragment in self.data.get_fragments(filter=self.condition):
-                yield from self._read_file(fragment, columns, rows)
+            fragments = self.data.get_fragments(filter=self.condition)
+            yield from self._as_counted(
+                batch for fragment in fragments for batch in self._read_file(fragment, columns, rows)
+            )
+
+    def _as_counted(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Pass the batches on if they have as many rows as `rows` told, where somebody asked and may rely on it."""
+        counted, read = vars(self).get("rows"), 0
+        for batch in batches:
+            read += batch.num_rows
+            if counted is not None and read > counted:
+                break
+            yield batch
+        if counted is not None and read != counted:
+            raise OSError(f"it had {counted} rows, now it has {'more' if read > counted else read}")
 
     def _read_file(
         self, fragment: ds.ParquetFileFragment, columns: Sequence[str], rows: int

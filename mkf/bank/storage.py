@@ -33,6 +33,7 @@ FORMAT = "mkf filter bank"
 VERSION = 1
 ROW_GROUP = 32_768  # 6.4 MB of 7x7 filters: small enough to stream, large enough to read at full speed
 MAX_FOLDER_NAME = 255  # bytes, on the common file systems
+CONTENTS = (MANIFEST, "kernel_size=*", "kernel_size=*/model=*", "kernel_size=*/model=*/part-*.parquet")
 
 
 def is_bank(path: Path) -> bool:
@@ -46,8 +47,7 @@ def open_shards(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
     import pyarrow.dataset as ds
     from pyarrow.fs import LocalFileSystem
 
-    root = _resolve(path)
-    _finish_replacement(root)
+    root = settle(path)
     parts = _read_manifest(root)
     filesystem = LocalFileSystem()
     # Arrow's pre-buffering holds a whole file in memory, and a model of any size is one file.
@@ -75,8 +75,7 @@ def save(shards: Iterable[Shard], path: str | os.PathLike[str]) -> None:
     A bank that is there already is moved aside just before and deleted after. Should the process die between those two
     renames, the next `open_shards` or `save` moves it back.
     """
-    root = _resolve(path)
-    _finish_replacement(root)
+    root = settle(path)
     refuse_other_things(root)
     staging = root.with_name(f".{root.name}.saving-{uuid.uuid4().hex[:8]}")
     try:
@@ -93,18 +92,19 @@ def save(shards: Iterable[Shard], path: str | os.PathLike[str]) -> None:
         shutil.rmtree(staging, ignore_errors=True)  # gone already where all went well
 
 
-def _resolve(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().resolve()
+def settle(path: str | os.PathLike[str]) -> Path:
+    """The bank's folder, resolved.
+
+    The old bank is moved back if a process died while it was replaced, before the new one was in its place.
+    """
+    root = Path(path).expanduser().resolve()
+    if not root.exists() and is_bank(_previous(root)):
+        _previous(root).rename(root)
+    return root
 
 
 def _previous(root: Path) -> Path:
     return root.with_name(f".{root.name}.previous")
-
-
-def _finish_replacement(root: Path) -> None:
-    """Move the old bank back if a process died while it was replaced, before the new one was in its place."""
-    if not root.exists() and is_bank(_previous(root)):
-        _previous(root).rename(root)
 
 
 def _replace(root: Path, staging: Path) -> None:
@@ -126,8 +126,21 @@ def refuse_other_things(root: Path) -> None:
     """Raise FileExistsError for a path where a bank must not be written, because something else is there."""
     if root.is_dir() and not is_bank(root) and any(root.iterdir()):
         raise FileExistsError(f"{root} holds other files and no bank; choose a new folder, nothing was written")
+    if root.is_dir() and (strangers := _strangers(root)):
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise FileExistsError(
+            f"{root} is a bank, but holds {strangers[0]}{more} too, which replacing it would delete: move that "
+            "elsewhere or choose another folder, nothing was written"
+        )
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"{root} is a file; a bank is a folder, nothing was written")
+
+
+def _strangers(root: Path) -> list[Path]:
+    """What is in a bank's folder and no part of a bank, relative to it; of a folder its contents are left out."""
+    own = {path for pattern in CONTENTS for path in root.glob(pattern)}
+    strangers = {path for path in root.rglob("*") if path not in own}
+    return sorted(path.relative_to(root) for path in strangers if path.parent not in strangers)
 
 
 def _parts(shards: Iterable[Shard]) -> Iterator[tuple[int, str, Iterator[pa.Table]]]:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import mkf
 from mkf.bank import FilterBank
+from mkf.bank.compact import compact, expand
 
 
 def weight(value: float = 1.0, channels: int = 4, k: int = 7) -> torch.Tensor:
@@ -35,6 +37,17 @@ def saved(path: Path, content: Any, **kwargs: Any) -> Path:
 def test_real_files(data_dir: Path, file: str, filters: int, layers: int) -> None:
     bank = FilterBank.from_checkpoint(data_dir / "filters" / file)
     assert (len(bank), bank.layers().num_rows) == (filters, layers)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_layers_written_as_keys_keep_their_depth(tmp_path: Path, suffix: str) -> None:
+    state = {f"{name}.weight": torch.randn(4, 1, k, k) for name, k in {"a": 7, "b": 5, "c": 7, "d": 3}.items()}
+    small, _ = compact(state, mkf.keys.paper8())
+    path = tmp_path / f"net.{suffix}"
+    save_file(small, path) if suffix == "safetensors" else torch.save(small, path)
+    layers = FilterBank.from_checkpoint(path).layers().to_pylist()
+    assert {row["layer"]: row["depth"] for row in layers} == {"a": 0, "b": 1, "c": 2, "d": 3}
+    assert list(expand(small)) == list(state)
 
 
 def test_a_collection_is_split_into_its_models_and_sorted_naturally(data_dir: Path) -> None:

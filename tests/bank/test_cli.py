@@ -33,6 +33,27 @@ def test_build_puts_sources_together_and_info_lists_them(small_bank: FilterBank,
     assert row.split()[1::2][:4] == ["net[1]", "7x7", "1", "9"]
 
 
+def test_build_refuses_two_models_of_one_name(tmp_path: Path) -> None:
+    for run in ("run1", "run2"):
+        (tmp_path / run).mkdir()
+        checkpoint(tmp_path / run / "model.pth", conv_weight=torch.ones(9, 1, 7, 7))
+    first, second = tmp_path / "run1" / "model.pth", tmp_path / "run2" / "model.pth"
+    code, _, err = mkf_bank("build", first, second, "--out", tmp_path / "bank")
+    assert (code, f"{first} and {second} both hold a model called 'model'" in err) == (1, True)
+    assert not (tmp_path / "bank").exists()
+    code, out, err = mkf_bank("build", first, first, "--out", tmp_path / "bank")
+    assert code == 0, err
+    assert "9 filters" in out
+
+
+def test_build_takes_up_a_bank_that_a_killed_run_had_moved_aside(small_bank: FilterBank, tmp_path: Path) -> None:
+    small_bank.save(tmp_path / ".bank.previous")
+    net = checkpoint(tmp_path / "net.pth", conv_weight=torch.ones(9, 1, 7, 7))
+    code, _, err = mkf_bank("build", tmp_path / "bank", net, "--out", tmp_path / "bank")
+    assert code == 0, err
+    assert FilterBank.open(tmp_path / "bank").models == ("zeta", "alpha", "net")
+
+
 def test_build_untrained(tmp_path: Path) -> None:
     code, out, err = mkf_bank("build", "convnextv2_atto", "--no-pretrained", "--out", tmp_path / "bank")
     assert code == 0, err

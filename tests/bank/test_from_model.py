@@ -5,6 +5,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
+import mkf
 from mkf.bank import FilterBank
 
 
@@ -154,6 +155,14 @@ def test_a_layer_of_shared_keys_is_read_by_its_materialised_weight() -> None:
     bank = FilterBank.from_model(nn.Sequential(nn.ModuleDict({"a": shared}), nn.ParameterDict()))
     assert torch.equal(bank.filters, shared.weight[:, 0])
     assert bank.layers()["stride"].to_pylist() == [2]
+
+
+def test_a_compiled_layer_of_shared_keys_counts_once() -> None:
+    layer = mkf.nn.KeyConv2d(4, 7, mkf.keys.paper8())
+    bank = FilterBank.from_model(nn.Sequential(torch.compile(layer), depthwise(3)))
+    rows = [(row["layer"], row["depth"], row["filters"]) for row in bank.layers().to_pylist()]
+    assert rows == [("0", 0, 4), ("1", 1, 3)]
+    assert torch.equal(bank.select(layer="0").filters, layer.weight[:, 0])
 
 
 def test_a_model_without_depthwise_filters_says_what_it_has() -> None:

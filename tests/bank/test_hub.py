@@ -134,6 +134,35 @@ def test_paper54_keeps_what_it_has_when_interrupted(tmp_path: Path, monkeypatch:
     assert FilterBank.open(tmp_path / "bank").models == ("convnextv2_atto.fcmae_ft_in1k",)
 
 
+def test_paper54_goes_on_with_the_bank_that_a_killed_run_had_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_timm(cls: type[FilterBank], name: str) -> FilterBank:
+        raise OSError(f"no {name} today")
+
+    monkeypatch.setattr(FilterBank, "from_timm", classmethod(from_timm))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    brought(tmp_path / "files", "hornet_tiny_7x7.pth")
+    paper54.build("~/bank", "~/files")
+    (tmp_path / "bank").rename(tmp_path / ".bank.previous")  # what a process leaves that is killed between the renames
+    (tmp_path / "files" / "hornet_tiny_7x7.pth").unlink()
+    brought(tmp_path / "files", "hornet_small_7x7.pth")
+    assert paper54.build("~/bank", "~/files").bank.models == ("hornet_tiny_7x7", "hornet_small_7x7")
+
+
+def test_paper54_goes_on_with_a_bank_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FilterBank, "from_timm", classmethod(no_network))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    FilterBank.from_model(torch.nn.Conv2d(8, 8, 7, groups=8), "hornet_tiny_7x7").save("~/bank")
+    assert paper54.build("~/bank").bank.models == ("hornet_tiny_7x7",)
+
+
+def test_paper54_refuses_a_folder_of_other_things_before_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds other files and no bank"):
+        paper54.build(tmp_path, progress=lambda entry: pytest.fail(f"read {entry.name}"))
+
+
 def test_a_cached_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     cached = {("timm/convnextv2_atto.fcmae_ft_in1k", "model.safetensors"): "/cache/file"}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *key: cached.get(key))

@@ -149,6 +149,26 @@ def test_saving_replaces_a_bank_even_one_it_reads_from(small_bank: FilterBank, t
     assert os.listdir(tmp_path) == ["bank"]
 
 
+@pytest.mark.parametrize("rows", [10, 2000])
+@pytest.mark.parametrize("row_group", [64, 32_768])
+def test_a_bank_replaced_after_it_was_counted_is_an_error(
+    tmp_path: Path, rows: int, row_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ROW_GROUP", row_group)
+
+    def layer(rows: int) -> FilterBank:
+        return FilterBank.from_layers([Layer("conv", torch.ones(rows, 7, 7))], "m")
+
+    layer(1000).save(tmp_path / "bank")
+    bank = FilterBank.open(tmp_path / "bank")
+    assert len(bank) == 1000
+    monkeypatch.setattr(storage, "ROW_GROUP", 32_768)
+    layer(rows).save(tmp_path / "bank")
+    for read in (lambda: bank.filters, lambda: list(bank.batches(7))):
+        with pytest.raises(OSError, match=r"bank .*bank is damaged, or was replaced after it was opened"):
+            read()
+
+
 class Killed(BaseException):
     """Stands for whatever ends a save."""
 
@@ -220,6 +240,22 @@ def test_saving_refuses_what_is_not_a_bank(small_bank: FilterBank, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     small_bank.save(tmp_path / "empty")
     assert len(FilterBank.open(tmp_path / "empty")) == 18
+
+
+@pytest.mark.parametrize("stranger", ["fit.parquet", "kernel_size=7/notes.txt", "kernel_size=7/model=m/sub/x"])
+def test_saving_refuses_a_bank_with_other_files(small_bank: FilterBank, tmp_path: Path, stranger: str) -> None:
+    bank = tmp_path / "bank"
+    small_bank.save(bank)
+    (bank / stranger).parent.mkdir(parents=True, exist_ok=True)
+    (bank / stranger).write_text("precious")
+    named = stranger.removesuffix("/x")  # of a folder, the folder
+    with pytest.raises(FileExistsError, match=f"is a bank, but holds {named} too, which replacing it would delete"):
+        one_layer().save(bank)
+    assert (bank / stranger).read_text() == "precious"
+    assert_same(FilterBank.open(bank), small_bank)
+    (bank / "z").mkdir()
+    with pytest.raises(FileExistsError, match=f"holds {named} and 1 more too"):
+        one_layer().save(bank)
 
 
 def test_an_unwritable_folder_is_named(small_bank: FilterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
