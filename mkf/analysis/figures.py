@@ -42,6 +42,7 @@ _STYLE = {
     "ytick.major.width": 0.6,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # names are drawn as they are, dollar signs too
 }
 
 _COLOURS = ("#1f4e79", "#2a9d8f", "#6aaed6", "#94d2bd", "#d1495b", "#f4a261", "#7d5ba6", "#c9c9c9")

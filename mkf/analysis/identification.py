@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mkf.analysis.similarity import scaled
 from mkf.keys.family import KINDS, Kind, max_scale
 from mkf.ops import stream
 from mkf.ops.affine_fit import affine_fit
@@ -37,6 +38,8 @@ _ROWS = 16_384  # filters at a time
 _ITERATIONS = 30
 _STEP = 1e-5  # in variance and weight: a refinement ends with a step shorter than this
 
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, eq=False)
 class Identification:
@@ -50,8 +53,9 @@ class Identification:
         scale_y: float32, s_y; for a difference of Gaussians equal to s_x.
         alpha: float32, weight of the Laplacian in a difference of Gaussians; inf where it is the Laplacian alone (then
             g = -Laplacian). NaN for every other kind.
-        amplitude: float32, of g as `mkf.keys.family` writes it; its sign is the filter's.
-        offset: float32.
+        amplitude: float32, of g as `mkf.keys.family` writes it; its sign is the filter's. One beyond float32's range,
+            as float64 filters may have, is the range's end.
+        offset: float32, held within its range likewise.
         residual: float32 in [0, 1], ||f - (amplitude * g + offset)|| / ||f - mean(f)||; 0 for a constant.
         moment_scale_x: float32, s_x from spatial moments; see `identify`.
         moment_scale_y: float32, s_y from spatial moments.
@@ -151,6 +155,7 @@ def identify(filters: Any, *, progress: stream.Progress | None = None) -> Identi
 def _identify(filters: Tensor) -> Identification:
     """One piece of filters (N, k, k)."""
     k = filters.shape[-1]
+    filters, size = scaled(filters)
     residual, start, constant, finite = _search(filters)
     live = finite & ~constant
     flat = torch.where(live[:, None], filters.flatten(1).double(), 0)
@@ -166,7 +171,8 @@ def _identify(filters: Tensor) -> Identification:
     index = torch.where(live, best, CONSTANT)
     index[~finite] = -1
 
-    out = {f.name: torch.full((len(filters),), torch.nan, dtype=torch.float64) for f in fields(Identification)}
+    nothing = unit.new_full((len(filters),), torch.nan)
+    out = {f.name: nothing.clone() for f in fields(Identification)}
     for number, kind in enumerate(KINDS):
         rows = (index == number).nonzero().flatten()
         if not len(rows):
@@ -177,7 +183,7 @@ def _identify(filters: Tensor) -> Identification:
         amplitude = (unit[rows] * centred).sum(1) / centred.square().sum(1)
         out["residual"][rows] = (unit[rows] - amplitude[:, None] * centred).norm(dim=1)
         amplitude = amplitude * norm[rows, 0]
-        out["offset"][rows] = mean[rows, 0] - amplitude * g.mean(1)
+        out["offset"][rows] = (mean[rows, 0] - amplitude * g.mean(1)) * size[rows]
         if kind.separable:
             out["scale_x"][rows], out["scale_y"][rows] = p.sqrt().T
             for axis, profile in (("x", kind.columns), ("y", kind.rows)):
@@ -189,10 +195,13 @@ def _identify(filters: Tensor) -> Identification:
             w = torch.where(w > 1 - _STEP, 1, w)  # the Laplacian alone, to within the steps' end
             out["alpha"][rows] = w / (1 - w)
             amplitude = torch.where(w < 1, amplitude * (1 - w), amplitude)
-        out["amplitude"][rows] = amplitude
+        amplitude = amplitude * size[rows]
+        out["amplitude"][rows] = amplitude.abs().clamp(min=_LEAST).copysign(amplitude)  # one of 0 would lose its sign
     dead = finite & constant
     out["amplitude"][dead], out["residual"][dead] = 0, 0
-    out["offset"][dead] = filters[dead].double().flatten(1)[:, 0]
+    out["offset"][dead] = filters[dead].double().flatten(1)[:, 0] * size[dead]
+    for name in ("amplitude", "offset"):
+        out[name] = out[name].clamp(-_MOST, _MOST)
     arrays: dict[str, Any] = {name: x.numpy(force=True).astype(np.float32) for name, x in out.items()}
     return Identification(**arrays | {"index": index.numpy(force=True).astype(np.int32)})
 

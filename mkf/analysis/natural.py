@@ -164,7 +164,9 @@ def _grey(image: Any) -> tuple[Image, str]:
 
         path, name = Path(image), Path(image).name
         with Pictures.open(path) as picture:
-            image = picture.convert("RGB" if picture.mode not in ("L", "I", "I;16", "F") else "F")
+            # Numpy reads 16 bits in either order of bytes, where Pillow's own conversion would clip some to 255.
+            grey = picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
+            image = np.asarray(picture if grey else picture.convert("RGB"))
     values = np.asarray(image, np.float64)
     if values.ndim == 3 and values.shape[2] == 3:
         values = values @ np.array(_GREY)

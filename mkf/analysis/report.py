@@ -16,6 +16,7 @@ from mkf.analysis.statistics import QUANTILES, Analysis, Tally, key_labels
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 _KEY_COLUMNS = 8
 """With more keys than this a table names the most frequent ones instead of giving each a column."""
@@ -34,7 +35,7 @@ def model_table(analysis: Analysis) -> Table:
     def row(name: str, layers: int, tally: Tally) -> None:
         counted = (str(tally.filters), str(layers), str(tally.dead))
         _, median, _, control = _residuals(tally)
-        table.add_row(name, *counted, *_shares(tally), _decimal(tally.mean_correlation), median, control)
+        table.add_row(_as_it_is(name), *counted, *_shares(tally), _decimal(tally.mean_correlation), median, control)
 
     for model in analysis.models:
         row(model.model, len(model.layers), model.tally)
@@ -52,7 +53,8 @@ def layer_tables(analysis: Analysis) -> list[Table]:
         _columns(table, analysis, before=("layer", "filters", "dead"), after=("25%", "50%", "75%", "random"))
         for layer in model.layers:
             tally = layer.tally
-            table.add_row(layer.layer, str(tally.filters), str(tally.dead), *_counts(tally), *_residuals(tally))
+            counted = (str(tally.filters), str(tally.dead))
+            table.add_row(_as_it_is(layer.layer), *counted, *_counts(tally), *_residuals(tally))
         tables.append(table)
     return tables
 
@@ -181,7 +183,15 @@ def _table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    heading = _as_it_is(title, "bold")
+    return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+
+
+def _as_it_is(name: str, style: str = "") -> Text:
+    """A name for a table, in which brackets and colons are no markup."""
+    from rich.text import Text
+
+    return Text(name, style)
 
 
 def _columns(table: Table, analysis: Analysis, before: tuple[str, ...], after: tuple[str, ...]) -> None:

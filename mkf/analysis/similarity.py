@@ -142,9 +142,23 @@ def duplicates(filters: Any, cosine: float = DUPLICATE) -> NDArray[np.int64]:
 
 def unit_filters(filters: Tensor) -> tuple[Tensor, Tensor]:
     """Filters (N, k, k) centred and of norm 1, (N, k * k) float64, zero for the others; and which live, (N,)."""
-    flat = filters.detach().flatten(1).double()
+    flat = scaled(filters.detach())[0].flatten(1).double()
     live = flat.isfinite().all(1) & (flat.amin(1) < flat.amax(1))
     flat = torch.where(live[:, None], flat, 0)
     flat = flat - flat.mean(1, keepdim=True)
     norm = flat.norm(dim=1, keepdim=True)
     return flat / torch.where(live[:, None], norm, 1), live
+
+
+def scaled(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters (N, k, k) brought to a largest magnitude in [1, 2), so that no square leaves float64's range.
+
+    Returns:
+        The filters divided by powers of two, which rounds nothing, in their own dtype; and those powers, (N,) float64,
+        1 for a filter of zeros and for one that is not finite.
+    """
+    f = filters.double()
+    largest = f.abs().amax((1, 2))
+    largest = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+    size = largest / (2 * torch.frexp(largest).mantissa)
+    return (f / size[:, None, None]).to(filters.dtype), size

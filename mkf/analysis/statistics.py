@@ -32,6 +32,8 @@ QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
 RESIDUAL_BINS = 1024
 """Residuals lie in [0, 1] and are counted in bins of width 1/1024, so a quantile is exact to half of that, .0005."""
 
+_ROUNDING = float(np.finfo(np.float32).eps)
+
 SCHEMA = "mkf.analysis/1"
 """Name and version of `Analysis.to_dict`; the number rises when a field changes its meaning or goes away."""
 
@@ -311,7 +313,8 @@ class Analysis:
         tallies = [Tally.empty(len(self.keys)) for _ in range(bins)]
         for model in self.models:
             for layer in model.layers:
-                part = min(int(layer.normalised_depth * bins), bins - 1)
+                # Depths are rounded to float32, which can put one that is a bin's edge just below it.
+                part = min(int(layer.normalised_depth * bins * (1 + _ROUNDING)), bins - 1)
                 tallies[part] += layer.tally
         return tallies
 

@@ -22,6 +22,23 @@ def file(path: Path, option: str) -> None:
     _probe(parent, f"{option} {path}")
 
 
+def not_an_input(out: Path, option: str, *inputs: str | Path) -> None:
+    """Refuse to write over a file that is read: what is lost may be all that there is of it.
+
+    Args:
+        out: The file to write, which may not be there yet.
+        option: The option that names it.
+        inputs: Files, or words that stand for something else; by whatever path or link they are the same file.
+
+    Raises:
+        ValueError: One of the inputs is that file.
+    """
+    for given in inputs:
+        path = Path(given).expanduser()
+        if out.exists() and path.exists() and out.samefile(path):
+            raise ValueError(f"{option} {out} is {given} itself, which would be lost: choose another name")
+
+
 def folder(path: Path, option: str) -> None:
     """Make a folder, if it is not there, and check that files can be written in it.
 

@@ -19,7 +19,8 @@ def bars(stderr: Console) -> Progress:
     """Progress bars on standard error, which vanish at the end and are not drawn into a file."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    description = TextColumn("{task.description}", markup=False)  # it names sources, whose brackets are no markup
+    columns = SpinnerColumn(), description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
@@ -40,7 +41,7 @@ def read(sources: Sequence[str] | None, pretrained: bool, k: int, progress: Prog
         progress.update(task, description=f"reading {name}")
         banks[name] = load(name, pretrained)
         progress.advance(task)
-    _refuse_twins({source: bank.select(k=k) for source, bank in banks.items()})
+    refuse_twins({source: bank.select(k=k) for source, bank in banks.items()})
     return FilterBank.concat(banks.values())
 
 
@@ -64,7 +65,7 @@ def trained(sources: Sequence[str], size: int | None, pretrained: bool) -> Filte
         raise ValueError(f"--size {size}: the sources hold no filters of {size}x{size}")
     if size is not None:
         banks = {source: bank.select(k=size) for source, bank in banks.items()}
-    _refuse_twins(banks)
+    refuse_twins(banks)
     bank = FilterBank.concat(banks.values())
     names = [name for name in bank.models if not name.endswith(UNTRAINED)]
     if not names:
@@ -72,7 +73,7 @@ def trained(sources: Sequence[str], size: int | None, pretrained: bool) -> Filte
     return FilterBank.concat(bank.select(model=name) for name in names) if len(names) < len(bank.models) else bank
 
 
-def _refuse_twins(banks: Mapping[str, FilterBank]) -> None:
+def refuse_twins(banks: Mapping[str, FilterBank]) -> None:
     """Refuse a model's name that two sources have."""
     of_model: dict[str, str] = {}
     for source, bank in banks.items():

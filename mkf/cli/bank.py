@@ -63,12 +63,12 @@ def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> Non
 
     from mkf.bank import FilterBank, load
     from mkf.bank.storage import refuse_other_things, settle
-    from mkf.cli._sources import _refuse_twins
+    from mkf.cli._sources import refuse_twins
 
     refuse_other_things(settle(out))  # now, and not after all the work
     words = list(dict.fromkeys(sources))  # each is read once, as by the other commands
     banks = {word: load(word, pretrained) for word in track(words, "Collecting filters", console=console)}
-    _refuse_twins(banks)
+    refuse_twins(banks)
     FilterBank.concat(banks.values()).save(out)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def command(
             raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
         if finetune is None and (model is not None or image_size is not None):
             raise ValueError("--model and --image-size go with --finetune")
-        if out.exists() and Path(source).expanduser().exists() and out.samefile(Path(source).expanduser()):
-            raise ValueError(f"--out {out} is the network itself, whose filters would be lost: choose another name")
+        _outputs.not_an_input(out, "--out", source, *([keys] if keys else []))
         given = parse(keys or "paper8")  # wrong keys are told before anything is read or trained
         config = None
         if finetune is not None:

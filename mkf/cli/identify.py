@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -52,7 +52,6 @@ def command(
     with user_errors():
         import pyarrow as pa
         from rich.console import Console
-        from rich.progress import Progress
 
         from mkf.analysis import identify
         from mkf.keys import KeySet
@@ -61,9 +60,10 @@ def command(
             raise ValueError(f"--out {out}: the name must end in {' or '.join(_SUFFIXES)}")
         if out is not None:
             _outputs.file(out, "--out")
+            _outputs.not_an_input(out, "--out", *sources)
         console, stderr = stdout(), Console(stderr=True)
         rows: list[pa.Table] = []
-        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        with _sources.bars(stderr) as progress:
             task = progress.add_task("reading", total=None)
 
             def show(done: int, total: int) -> None:

@@ -49,6 +49,7 @@ def command(
         if out.is_dir() or out.suffix not in (".html", ".htm"):
             raise ValueError(f"--out {out}: the page is a file whose name ends in .html")
         _outputs.file(out, "--out")
+        _outputs.not_an_input(out, "--out", *(sources or []), keys, *([image] if image else []))
         folders = {".pdf": pdf, ".png": png}
         for suffix, folder in folders.items():
             if folder is not None:

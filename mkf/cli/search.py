@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
+from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 METHODS = ("clusters", "autoencoder", "pca", "random")
 OBJECTIVES = ("residual", "output", "accuracy")
+_WEIGHTS = "model.safetensors"
+"""In the folder of a run."""
+
 _CACHED = 1 << 30
 """Bytes of images that are prepared once and not for each candidate."""
-_PIPED_WIDTH = 120
 
 
 def command(
@@ -74,6 +76,7 @@ def command(
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         from mkf.search import eliminate, two_rounds
+        from mkf.search.two_rounds import check_rounds
 
         _check(method, objective, model, data)
         if compare and (out or objective or state or figures):
@@ -84,14 +87,16 @@ def command(
             if out.suffix != ".safetensors" and not out.is_dir():
                 raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
             _outputs.file(out, "--out")
+            _outputs.not_an_input(out, "--out", *sources, *([model / _WEIGHTS] if model else []))
         elif not compare:
             raise ValueError("name the key file to write: --out keys.safetensors")
         for option, folder in (("--state", state), ("--figures", figures)):
             if folder is not None:
                 _outputs.folder(folder, option)
+        if method == "autoencoder" and rounds == 2 and not compare:
+            check_rounds(keys, candidates)  # told before the autoencoder is trained
         bank = _sources.trained(sources, size, pretrained)
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-        stderr = Console(stderr=True)
+        console, stderr = stdout(), Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
 
@@ -162,7 +167,7 @@ def _objective(word: str | None, bank: FilterBank, model: Path | None, data: Pat
     assert data is not None
     from mkf.train import ParquetImages, evaluation_loader, load_weights
 
-    network, metadata = load_weights(model / "model.safetensors")
+    network, metadata = load_weights(model / _WEIGHTS)
     images, size = ParquetImages(data), int(metadata["image_size"])
     loader: Any = evaluation_loader(images, images, size, per_class)
     if len(loader.dataset) * 3 * size**2 * 4 <= _CACHED:

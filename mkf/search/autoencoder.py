@@ -5,7 +5,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,12 @@ ROUND = 100
 
 BINS = 50
 """Of the histogram over the code axis."""
+
+NEIGHBOURS = 4
+"""Of each key on the code axis, that the second round looks at."""
+
+SPACING = 0.004
+"""Between neighbours on the code axis."""
 
 SAMPLE = 1 << 20
 FORMAT = "mkf.autoencoder"
@@ -115,7 +121,7 @@ class Autoencoder:
         check_count(n)
         return self._named(torch.arange(1, n + 1, dtype=torch.float64) / n)
 
-    def around(self, keys: KeySet, n: int = 4, spacing: float = 0.004) -> KeySet:
+    def around(self, keys: KeySet, n: int = NEIGHBOURS, spacing: float = SPACING) -> KeySet:
         """The keys again, each with n neighbours on the code axis: the candidates of the paper's second round.
 
         The paper takes 4 neighbours of each of the 10 best and does not say how far away. Here they lie at multiples of
@@ -134,9 +140,7 @@ class Autoencoder:
             codes = [float(name) for name in keys.names]
         except ValueError:
             raise ValueError("the keys' names are no codes: give keys that come from `candidates`") from None
-        steps = sorted((i + 2) // 2 * (-1) ** i for i in range(n))
-        dense = [code + step * spacing for code in codes for step in sorted([0, *steps])]
-        inside = sorted({round(code, 6) for code in dense if 0 <= code <= 1})
+        inside = with_neighbours(codes, n, spacing)
         check_count(len(inside))
         return self._named(torch.tensor(inside, dtype=torch.float64))
 
@@ -225,6 +229,13 @@ def autoencoder(
     told = f"autoencoder with a 1-D code, seed {seed}, {training.step} steps, of {drawn.describe()}"
     histogram = torch.histc(codes, BINS, 0, 1).long().numpy(force=True)
     return Autoencoder(tuple(training.history), histogram, len(x), told, network)
+
+
+def with_neighbours(codes: Iterable[float], n: int = NEIGHBOURS, spacing: float = SPACING) -> list[float]:
+    """Codes and n neighbours of each, those on the axis, in ascending order and each once."""
+    steps = [0, *((i + 2) // 2 * (-1) ** i for i in range(n))]
+    dense = (code + step * spacing for code in codes for step in steps)
+    return sorted({round(code, 6) for code in dense if 0 <= code <= 1})
 
 
 def _on(device: str | torch.device, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ An objective says what is measured; `begin` ties it to candidates and gives a `J
 import copy
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,8 @@ class Accuracy:
 
     Raises:
         ValueError: A split of another name, or one that contradicts what the loader's data set says of itself; a loader
-            that can be iterated only once.
+            that can be iterated only once; a depthwise layer that computes its filters anew at each forward, as under
+            weight norm or pruning, so that none can be put in their place.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Accuracy:
     ):
         if hasattr(loader, "__next__"):
             raise ValueError("the loader can be iterated only once: give a DataLoader or a list of batches")
+        _refuse_computed_filters(model)
         self._model, self._loader, self._backend = copy.deepcopy(model).eval(), loader, backend
         self.split = _split(split, loader)
         self.description = f"top-1 error on images of the {split} split"
@@ -266,13 +268,28 @@ def depthwise_layers(model: nn.Module, k: int) -> list[nn.Conv2d]:
     Raises:
         ValueError: There is none.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
+    found = [m for m in model.modules() if _is_depthwise(m)]
     layers = [m for m in found if m.kernel_size == (k, k)]
     if not layers:
         sizes = sorted({f"{m.kernel_size[0]}x{m.kernel_size[1]}" for m in found})
         others = f"; its depthwise layers are {', '.join(sizes)}" if sizes else ""
         raise ValueError(f"the network has no depthwise nn.Conv2d of {k}x{k}, the size of the candidates{others}")
     return layers
+
+
+def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _refuse_computed_filters(model: nn.Module) -> None:
+    """Refuse filters that are no parameter but made of others: what is written into them has no effect."""
+    for name, module in model.named_modules():
+        if _is_depthwise(module) and not isinstance(module.weight, nn.Parameter):
+            raise ValueError(
+                f"the filters of {name or 'the network'} are computed at each forward, by a parametrisation or by "
+                "pruning, so none can be put in their place: make them a plain parameter first, as "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') does"
+            )
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mkf.search.autoencoder import Autoencoder
+from mkf.ops.arguments import MAX_KEYS
+from mkf.search.autoencoder import NEIGHBOURS, Autoencoder, with_neighbours
+from mkf.search.clusters import check_count
 from mkf.search.eliminate import Elimination, eliminate
 from mkf.search.objectives import Objective
 
@@ -37,14 +39,38 @@ def two_rounds(
         Both rounds; the keys are those of the second.
 
     Raises:
-        ValueError: Fewer candidates than keys, and what `eliminate` refuses.
+        ValueError: What `check_rounds` refuses, before anything is done, and what `eliminate` does.
         OSError: The state cannot be read or written.
     """
-    if k > candidates:
-        raise ValueError(f"k={k}: there are {candidates} candidates, so ask for 1 to {candidates} keys")
+    check_rounds(k, candidates)
     first_file, second_file = (state and state / name for name in ("first-round.json", "elimination.json"))
     pool = coder.candidates(candidates)
-    best = min(max(k, FIRST_ROUND), len(pool))
-    first = eliminate(pool, best, objective, state=first_file, progress=progress)
+    first = eliminate(pool, _best(k, candidates), objective, state=first_file, progress=progress)
     second = eliminate(coder.around(first.keys), k, objective, state=second_file, progress=progress)
     return first, second
+
+
+def check_rounds(k: int, candidates: int = CANDIDATES) -> None:
+    """Refuse numbers of keys and candidates with which a round could not begin; needs no autoencoder.
+
+    Raises:
+        ValueError: More than 256 candidates, fewer than keys, or so many keys that with their neighbours they may be
+            more than 256 candidates of the second round.
+    """
+    check_count(candidates)
+    if not 1 <= k <= candidates:
+        raise ValueError(f"k={k}: there are {candidates} candidates, so ask for 1 to {candidates} keys")
+    best = _best(k, candidates)
+    # Which are the best is not known yet: they have no more neighbours than each its own, and than all together.
+    of_all = with_neighbours(i / candidates for i in range(1, candidates + 1))
+    most = min(best * (1 + NEIGHBOURS), len(of_all))
+    if most > MAX_KEYS:
+        raise ValueError(
+            f"k={k}: with the neighbours of the {best} best the second round would have up to {most} candidates, and "
+            f"{MAX_KEYS} are the most: ask for 1 to {MAX_KEYS // (1 + NEIGHBOURS)} keys, or eliminate in one round"
+        )
+
+
+def _best(k: int, candidates: int) -> int:
+    """How many leave the first round."""
+    return min(max(k, FIRST_ROUND), candidates)

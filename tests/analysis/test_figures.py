@@ -8,6 +8,7 @@ import torch
 
 import mkf
 from mkf.analysis import analyse, figures
+from mkf.bank import FilterBank, Layer
 
 from .banks import bank_of, noise, shifted
 
@@ -131,3 +132,23 @@ def test_keys_rows_stand_in_their_order() -> None:
     figure = figures.keys_rows({"eight": KEYS, "three": few})
     assert np.array_equal(images(figure), np.concatenate([KEYS.centred(), few.centred()]))
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["eight", "three"]
+
+
+def test_names_are_no_mathematics(tmp_path: Path) -> None:
+    names = ["cost$_$", "$x^2$"]
+    keys = mkf.KeySet(noise(2, 7, 7), names=names)
+    filters = FilterBank.from_layers([Layer("l", noise(20, 7, 7, seed=1))], names[0])
+    analysis = analyse(filters, keys)
+    drawings = (
+        figures.keys_row(keys),
+        figures.keys_rows({names[0]: keys}),
+        figures.atlas(filters.filters, keys),
+        figures.shares_over_depth(analysis),
+        figures.residual_boxes(analysis),
+        figures.bars({names[0]: {names[0]: 1.0, names[1]: 2.0}}, names[1]),
+        figures.code_axis(keys, np.arange(50)),
+        figures.elimination({2: 0.1, 1: 0.5}, names[0], 1, 1),
+    )
+    for figure in drawings:
+        written = figures.save(figure, tmp_path / "figure.svg").read_text()
+        assert names[0] in written or names[1] in written

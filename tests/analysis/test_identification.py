@@ -247,6 +247,54 @@ def test_tiny_and_huge_filters(scale: float) -> None:
     assert identify(keys.filters.double() * scale).index.tolist() == identify(keys).index.tolist()
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-50, 1e50, 1e160, 1e300])
+@pytest.mark.filterwarnings("error")
+def test_filters_beyond_the_range_of_float32(scale: float) -> None:
+    """Amplitude and offset are held at the range's ends, so that the sign is still the filter's."""
+    filters = np.stack([member(kind, 0.8, 0.9, np.nan) for kind in PROFILES] * 2)
+    filters[len(PROFILES) :] *= -1
+    filters = np.concatenate([filters, np.full((1, 7, 7), 2.0)])
+    wanted, found = identify(filters), identify(filters * scale)
+    assert found.name.tolist() == wanted.name.tolist()
+    for name in ("scale_x", "scale_y", "residual", "moment_scale_x", "moment_scale_y"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=1e-5)
+    assert (found.sign == wanted.sign).all()
+    assert np.isfinite(found.amplitude).all()
+    assert np.isfinite(found.offset).all()
+    limits = np.finfo(np.float32)
+    beyond = (limits.tiny if scale < 1 else limits.max) * wanted.sign[:-1]
+    assert found.amplitude[:-1].tolist() == beyond.tolist()
+
+
+@pytest.mark.parametrize("power", [-30, 40])
+def test_powers_of_two_change_nothing_but_amplitude_and_offset(power: int) -> None:
+    filters = planted(200, 5, 0.1)[0]
+    wanted, found = identify(filters), identify(filters * 2.0**power)
+    for name in ("index", "scale_x", "scale_y", "alpha", "residual", "moment_scale_x"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    for name in ("amplitude", "offset"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name) * np.float32(2.0**power))
+
+
+def test_everything_is_made_where_the_filters_are() -> None:
+    """What is made elsewhere, as a CUDA filter's results on the CPU, stands here on torch's device without values."""
+    filters = torch.cat([torch.from_numpy(planted(60, 7, 0.1)[0]), torch.ones(1, 7, 7), torch.full((1, 7, 7), np.nan)])
+    wanted = identify(filters)  # which also makes the grids
+    with torch.device("meta"):
+        found = identify(filters)
+    for name in ("index", "scale_x", "scale_y", "alpha", "amplitude", "offset", "residual", "moment_scale_x"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu() -> None:
+    filters = torch.from_numpy(planted(300, 7, 0.1)[0])
+    wanted, found = identify(filters), identify(filters.cuda())
+    assert found.index.tolist() == wanted.index.tolist()
+    for name in ("scale_x", "scale_y", "amplitude", "offset", "residual"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
     assert tuple(identify(mkf.keys.paper8().filters.to(dtype)).name) == PUBLISHED

@@ -86,6 +86,18 @@ def test_images_of_all_sorts(tmp_path: Path) -> None:
     assert natural_keys(tmp_path / "colour.png").variance == pytest.approx(wanted.variance)
 
 
+def test_pictures_of_16_bits_in_either_order_of_bytes(tmp_path: Path) -> None:
+    deep = (picture(40, 30) * 200).clip(0, 65535).astype(np.uint16)
+    wanted = natural_keys(deep)
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        path = tmp_path / "deep.tif"
+        Image.frombytes(mode, (30, 40), deep.astype(order).tobytes()).save(path)
+        with Image.open(path) as opened:
+            assert opened.mode == mode
+        assert natural_keys(path).variance == pytest.approx(wanted.variance)
+        assert (reconstruct(path, wanted.keys).original == deep[:40, :30]).all()
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture()
     for bad, said in (

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import mkf
 from mkf.analysis import Analysis, analyse, report
+from mkf.bank import FilterBank, Layer
 
 from .banks import bank_of, noise, shifted
 
@@ -116,3 +117,16 @@ def test_without_matplotlib(analysis: Analysis, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'mkf\[report\]'"):
         report.write_figures(analysis, tmp_path)
+
+
+def test_names_are_no_markup_on_any_console() -> None:
+    bank = FilterBank.concat(
+        FilterBank.from_layers([Layer(f"{name}.l", noise(5, 7, 7))], name) for name in ("net[ema]", "net[/x]", ":a:")
+    )
+    analysis = analyse(bank, KEYS)
+    rows = printed(report.model_table(analysis), 200)
+    first, second, third = report.layer_tables(analysis)
+    for name, table in (("net[ema]", first), ("net[/x]", second), (":a:", third)):
+        assert name in [row.split()[0] for row in rows if row.strip()]
+        assert printed(table)[0].rstrip() == f"{name}: filters of each key"
+        assert printed(table)[-1].split()[0] == f"{name}.l"

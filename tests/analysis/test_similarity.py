@@ -95,3 +95,13 @@ def test_duplicates_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert duplicates(filters).tolist() == wanted
     monkeypatch.setattr("mkf.analysis.similarity._ROWS", 7)
     assert duplicates(filters).tolist() == wanted
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-170, 1e160, 1e308])
+def test_tiny_and_huge_filters(scale: float) -> None:
+    keys = KEYS.filters.double()
+    large = keys / keys.abs().amax((1, 2), keepdim=True) * scale
+    rel = 1e-2 if scale < 1e-300 else 1e-12  # few digits are left below float64's least normal number
+    assert match(large, KEYS).similarity == pytest.approx(1, rel=rel)
+    assert effective_dimension(large) == pytest.approx(effective_dimension(keys), rel=rel)
+    assert duplicates(torch.cat([large, 0.5 * large])).tolist() == [-1] * 8 + list(range(8))

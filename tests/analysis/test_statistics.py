@@ -257,6 +257,17 @@ def test_depths() -> None:
     assert sum(tally.filters for tally in analysis.over_depth()) == 9
 
 
+@pytest.mark.parametrize("layers", [11, 21, 31, 101])
+def test_depths_at_the_edges_of_their_parts(layers: int) -> None:
+    bank = FilterBank.from_layers([Layer(str(n), noise(1, 7, 7, seed=n)) for n in range(layers)], "net")
+    analysis = analyse(bank, KEYS)
+    for bins in (1, 3, 5, 7, 10):
+        wanted = [0] * bins
+        for n in range(layers):
+            wanted[min(n * bins // (layers - 1), bins - 1)] += 1
+        assert [tally.filters for tally in analysis.over_depth(bins)] == wanted
+
+
 def test_residuals_key_by_key() -> None:
     one, other = noise(120, 7, 7), noise(30, 7, 7, seed=1)
     analysis = analyse(named(a=bank_of(one), b=bank_of(other)), KEYS)

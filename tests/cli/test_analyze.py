@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mkf import KeySet
-from mkf.bank import FilterBank
+from mkf.bank import FilterBank, Layer
 from mkf.cli import app
 
 RUNNER = CliRunner()
@@ -156,3 +156,20 @@ def test_non_finite_filters_are_named(tmp_path: Path) -> None:
 
 def test_an_empty_word_is_no_source() -> None:
     assert "a source of filters is empty" in refused("")
+
+
+@pytest.mark.parametrize("name", ["net[ema]", "net[/x]", "net:smile:", "cost$_$"])
+def test_names_are_printed_and_drawn_as_they_are(name: str, tmp_path: Path) -> None:
+    filters = torch.randn(8, 7, 7, generator=torch.Generator().manual_seed(0))
+    filters[3] = torch.nan
+    FilterBank.from_layers([Layer(f"{name}.0", filters)], name).save(tmp_path / "bank")
+    out = tmp_path / "out[red]"
+    result = analyze(tmp_path / "bank", "--out", out)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert f"{name}: filters of each key" in lines[0]
+    assert [line.split()[0] for line in lines if "  " in line.strip()].count(name) == 1
+    assert f"({name} {name}.0 channel 3)" in result.stdout
+    assert f"{name}.0" in [line.split()[0] for line in lines if line.strip()]
+    assert f"Written to {out}: analysis.json" in result.stdout
+    assert (out / "depth.png").exists()

@@ -95,6 +95,13 @@ def test_the_network_itself_is_not_overwritten(checkpoint: Path) -> None:
     assert checkpoint.read_bytes() == before
 
 
+def test_keys_are_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys.safetensors"
+    mkf.keys.paper8().save(path)
+    assert "choose another name" in run(checkpoint, "--keys", path, "--out", path)[2]
+    assert mkf.KeySet.load(path) == mkf.keys.paper8()
+
+
 def test_a_compact_network_keeps_its_keys(checkpoint: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("plain", "small", "again", "smaller", "paper")}
     assert run(checkpoint, "--out", paths["plain"], "--keys", "analytic:B")[0] == 0

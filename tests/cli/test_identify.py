@@ -92,3 +92,24 @@ def test_refusals(bank_dir: Path, tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert said in " ".join(result.stderr.split())
         assert result.stderr.startswith("error: ")
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.csv"
+    rows = "\n".join(" ".join(str(i * j) for j in range(3)) for i in range(3))
+    keys.write_text(f"Filter 1:\n{rows}\n")
+    before = keys.read_text()
+    result = identify(keys, "--out", keys)
+    assert result.exit_code == 1
+    assert "which would be lost" in result.stderr
+    assert keys.read_text() == before
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    keys = tmp_path / "keys[ema].safetensors"
+    mkf.KeySet(mkf.keys.paper8().filters[:3], names=["a[ema]", "b[/x]", "c:smile:"]).save(keys)
+    out = tmp_path / "[red]rows.csv"
+    result = identify(keys, "--out", out)
+    assert result.exit_code == 0, result.output
+    for said in (f"{keys}: 3 keys", "a[ema]", "b[/x]", "c:smile:", f"Written to {out}"):
+        assert said in result.stdout

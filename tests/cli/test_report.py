@@ -76,3 +76,20 @@ def test_refusals(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert said in " ".join(result.stderr.split())
         assert not (tmp_path / "page.html").exists()
+
+
+def test_what_is_read_is_not_written_over(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
+    picture = picture.rename(tmp_path / "picture.html")
+    result = report(bank_dir, "--image", picture, "--out", picture)
+    assert result.exit_code == 1
+    assert "which would be lost" in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_place_is_printed_as_it_is(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[x]"
+    out.mkdir()
+    result = report(bank_dir, "--image", picture, "--out", out / "page.html", "--pdf", out)
+    assert result.exit_code == 0, result.output
+    assert f"Written to {out}/page.html: " in result.stdout
+    assert f"Written to {out}: keys.pdf" in result.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import mkf
@@ -188,3 +189,33 @@ def test_sources_that_hold_nothing_to_search_or_the_same_twice(bank_dir: Path, o
     assert "no trained model" in refused(tmp_path / "untrained", "--out", out)
     FilterBank.open(bank_dir).select(model="a").save(tmp_path / "again")
     assert "both hold a model called 'a'" in refused(bank_dir, tmp_path / "again", "--out", out)
+
+
+def test_a_source_is_not_written_over(tmp_path: Path) -> None:
+    net, link = tmp_path / "net.safetensors", tmp_path / "link.safetensors"
+    save_file({"0.weight": torch.randn(20, 1, 7, 7)}, net)
+    link.symlink_to(net)
+    before = net.read_bytes()
+    for out in (net, link, tmp_path / "." / "net.safetensors"):
+        assert "itself, which would be lost: choose another name" in refused(net, "--keys", 2, "--out", out)
+    model = ("--objective", "output", "--model", tmp_path / "run", "--data", tmp_path)
+    (tmp_path / "run").mkdir()
+    net.rename(tmp_path / "run" / "model.safetensors")
+    weights = tmp_path / "run" / "model.safetensors"
+    assert "which would be lost" in refused("embedded", *model, "--keys", 2, "--out", weights)
+    assert weights.read_bytes() == before
+
+
+def test_too_many_keys_for_two_rounds_are_refused_before_the_training(bank_dir: Path, out: Path) -> None:
+    words = (bank_dir, "--method", "autoencoder", "--device", "nonsense", "--out", out)
+    assert "ask for 1 to 51 keys" in refused(*words, "--keys", 60, "--candidates", 60)
+    assert "device 'nonsense'" in refused(*words, "--keys", 60, "--candidates", 60, "--rounds", 1)
+
+
+def test_names_are_no_markup(out: Path, tmp_path: Path) -> None:
+    bank = FilterBank.from_layers([Layer("l", torch.randn(20, 7, 7))], "net[/x]")
+    bank.save(tmp_path / "bank[/y]")
+    (tmp_path / "[red]").mkdir()
+    result = run(tmp_path / "bank[/y]", "--keys", 2, "--out", tmp_path / "[red]" / "keys.safetensors")
+    assert result.exit_code == 0, result.output
+    assert f"Written to {tmp_path}/[red]/keys.safetensors" in result.stdout

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -188,3 +189,29 @@ def test_what_is_refused():
         judge([x[0]], OutputError)
     with pytest.raises(ValueError, match="not finite"):
         judge([x * torch.inf], OutputError)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_filters_that_are_computed_cannot_be_replaced(compute):
+    model = network()
+    loader = learnable(model, 8)
+    compute(model[5])
+    with pytest.raises(ValueError, match=r"the filters of 5 are computed at each forward.*remove_parametrizations"):
+        Accuracy(model, loader, split="train")
+
+
+def test_filters_are_replaced_once_they_are_plain():
+    model = network()
+    loader = learnable(model, 40)
+    wanted = Accuracy(model, loader, split="train").begin(KEYS[:2]).loss()
+    nn.utils.parametrizations.weight_norm(model[0])  # no depthwise layer: its filters stay
+    nn.utils.parametrizations.weight_norm(model[5])
+    nn.utils.parametrize.remove_parametrizations(model[5], "weight")
+    assert Accuracy(model, loader, split="train").begin(KEYS[:2]).loss() == pytest.approx(wanted)
