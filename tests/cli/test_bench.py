@@ -121,3 +121,8 @@ del x
 assert before - resident() < 1000
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_results_need_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure.environment()["commit"] is None
