@@ -123,15 +123,15 @@ class KeyPlan:
 class Bound:
     """The two functions of an implementation with all settled but the data, for every x of one size, dtype and layout.
 
+    They read the memory of plan, index, scale and shift, which whoever calls them holds.
+
     Attributes:
         forward: Of x, bias and out, as `key_conv2d`.
         backward: Of dy, x, dx, d_scale, d_shift and d_bias, as `key_conv2d_backward`.
-        parameters: plan, index, scale and shift, whose memory they read.
     """
 
     forward: Callable[[Tensor, Tensor | None, Tensor], None]
     backward: Callable[..., None]
-    parameters: tuple[KeyPlan, Tensor, Tensor, Tensor]
 
     @classmethod
     def of(cls, module: ModuleType, x: Tensor, *settled: Any) -> "Bound":
@@ -139,12 +139,12 @@ class Bound:
         if hasattr(module, "bind"):
             bound: Bound = module.bind(x, *settled)
             return bound
-        *parameters, stride, padding, dilation = settled
+        *filters, stride, padding, dilation = settled
 
         def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-            module.key_conv2d(x, *parameters, bias, stride, padding, dilation, out)
+            module.key_conv2d(x, *filters, bias, stride, padding, dilation, out)
 
         def backward(dy: Tensor, x: Tensor | None, *gradients: Tensor | None) -> None:
             module.key_conv2d_backward(dy, x, *settled, *gradients)
 
-        return cls(forward, backward, settled[:4])
+        return cls(forward, backward)

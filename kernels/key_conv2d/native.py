@@ -44,16 +44,7 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
     return extension.native().KeyConv2dCpu(shape, (len(plan.keys), plan.columns.shape[1], addresses))
 
 
-def bind(
-    x: Tensor,
-    plan: KeyPlan,
-    index: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> Bound:
+def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *_: Pair) -> Bound:
     """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, unless x is small."""
     prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
     convolve, differentiate = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
@@ -67,7 +58,7 @@ def bind(
         threads = min(_num_threads(), most_threads)
         differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
-    return Bound(forward, backward, (plan, index, scale, shift))
+    return Bound(forward, backward)
 
 
 def key_conv2d(

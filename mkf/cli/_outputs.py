@@ -15,11 +15,21 @@ def file(path: Path, option: str) -> None:
         OSError: The folder cannot be written.
     """
     parent = path.absolute().parent
-    if path.is_dir():
-        raise ValueError(f"{option} {path}: this is a folder; name a file")
+    _no_folder(path, option)
     if not parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {parent}")
     _probe(parent, f"{option} {path}")
+
+
+def named(path: Path, option: str, suffix: str) -> None:
+    """Refuse a file whose name tells of another format than the one that is written.
+
+    Raises:
+        ValueError: The name does not end in the suffix, or the path is a folder.
+    """
+    _no_folder(path, option)
+    if path.suffix != suffix:
+        raise ValueError(f"{option} {path}: the file is a {suffix} file, so call it {path.stem}{suffix}")
 
 
 def not_an_input(out: Path, option: str, *inputs: str | Path) -> None:
@@ -53,6 +63,11 @@ def folder(path: Path, option: str) -> None:
     except OSError as error:
         raise OSError(f"{option} {path}: the folder cannot be made ({error.strerror})") from error
     _probe(path, f"{option} {path}")
+
+
+def _no_folder(path: Path, option: str) -> None:
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: this is a folder; name a file")
 
 
 def _probe(path: Path, what: str) -> None:

@@ -61,8 +61,7 @@ def command(
         from mkf.keys import KeySet, parse
 
         console = Console(highlight=False)
-        if out.suffix != ".safetensors":
-            raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
+        _outputs.named(out, "--out", ".safetensors")
         if finetune is None and (model is not None or image_size is not None):
             raise ValueError("--model and --image-size go with --finetune")
         _outputs.not_an_input(out, "--out", source, *([keys] if keys else []))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -55,8 +56,7 @@ def command(
         from mkf.bank.fit import write_fit
         from mkf.keys import parse
 
-        if out.suffix != ".parquet" and not out.is_dir():
-            raise ValueError(f"--out {out}: the file is a Parquet file, so call it {out.stem}.parquet")
+        _outputs.named(out, "--out", ".parquet")
         stderr = Console(stderr=True)
         bound = _bytes(memory)
         key_set = parse(keys)

@@ -84,8 +84,7 @@ def command(
                 "--compare prints a table of all methods and takes no --out, --objective, --state, --figures"
             )
         if out is not None:
-            if out.suffix != ".safetensors" and not out.is_dir():
-                raise ValueError(f"--out {out}: the file is a safetensors file, so call it {out.stem}.safetensors")
+            _outputs.named(out, "--out", ".safetensors")
             _outputs.file(out, "--out")
             _outputs.not_an_input(out, "--out", *sources, *([model / _WEIGHTS] if model else []))
         elif not compare:

@@ -68,10 +68,7 @@ def check_parameters(x: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bia
         parameters["bias"] = bias
     for name, p in parameters.items():
         _check_tensor(name, p)
-        if p.ndim != 1 or p.shape[0] != channels:
-            raise ValueError(
-                f"{name} has shape {tuple(p.shape)}, but x has {channels} channels: expected ({channels},)"
-            )
+        check_channels(name, p, channels)
         if p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, x is on {x.device}: move them to one device")
         if name == "index":
@@ -79,6 +76,16 @@ def check_parameters(x: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bia
                 raise TypeError(f"index is {p.dtype}: expected integers")
         elif p.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"{name} is {p.dtype}, x is {x.dtype}: make {name} float32 or {x.dtype}")
+
+
+def check_channels(name: str, p: Tensor, channels: int) -> None:
+    """Refuse a parameter that has not one number for each channel.
+
+    Raises:
+        ValueError: It has another shape.
+    """
+    if p.ndim != 1 or p.shape[0] != channels:
+        raise ValueError(f"{name} has shape {tuple(p.shape)}, but x has {channels} channels: expected ({channels},)")
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.key_conv2d.reference import weight_gradient
 from mkf.kernels.registry import choose
-from mkf.ops.key_conv2d.check import check_finite, checked_index, output_size
+from mkf.ops.key_conv2d.check import check_channels, check_finite, checked_index, output_size
 
 
 @dataclass(slots=True)
@@ -80,8 +80,7 @@ def prepare(
         BackendError: The implementation asked for cannot run or serve this call.
     """
     for name, p in (("index", index), ("scale", scale), ("shift", shift)):
-        if p.shape != x.shape[1:2]:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, but x has {x.shape[1]} channels")
+        check_channels(name, p, x.shape[1])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     index = checked_index(index, len(keys))
     scale, shift = (p.detach().to(dtype).contiguous() for p in (scale, shift))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mkf.ops.key_conv2d import compute
-from mkf.ops.key_conv2d.check import output_size
+from mkf.ops.key_conv2d.check import check_channels, output_size
 
 
 def _forward(
@@ -15,8 +15,7 @@ def _forward(
 ) -> Tensor:
     call = compute.prepare(x, keys, index, scale, shift, *options)
     if bias is not None:
-        if bias.shape != x.shape[1:2]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, but x has {x.shape[1]} channels")
+        check_channels("bias", bias, x.shape[1])
         bias = bias.to(call.shift.dtype)
     return compute.forward(call, x, bias)
 
