@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -74,6 +75,27 @@ class TestAutograd:
         frozen = [t.detach() for t in (keys, *leaves[2:])]
         assert torch.autograd.gradgradcheck(lambda x: key_conv2d(x, frozen[0], index, *frozen[1:]).tanh(), leaves[0])
 
+    def test_gradients_to_differentiate_where_the_input_comes_of_the_parameters(self):
+        problem = Problem((2, 4, 6, 5), mkf.keys.random(3, 3, 0))
+        x, keys, index, *parameters = problem.tensors()
+        leaves = [t.requires_grad_() for t in (keys, *parameters)]
+
+        def several_times(layer):
+            y = x
+            for _ in range(3):
+                y = layer(y).tanh()
+            return y.sum()
+
+        ours = several_times(lambda y: key_conv2d(y, leaves[0], index, *leaves[1:], padding=1))
+        ordinary = several_times(
+            lambda y: compute.written_out(y, leaves[0], index, *leaves[1:], (1, 1), (1, 1), (1, 1))
+        )
+        expected = torch.autograd.grad(ordinary, leaves, create_graph=True)
+        found = torch.autograd.grad(ours, leaves, create_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        again = [torch.autograd.grad(sum(g.square().sum() for g in some), leaves) for some in (found, expected)]
+        torch.testing.assert_close(*again, rtol=1e-3, atol=1e-3)
+
     def test_second_derivatives_of_the_operator_are_refused(self):
         problem = Problem((1, 3, 6, 5), mkf.keys.random(3, 2, 0))
         x = problem.x.requires_grad_()
@@ -90,6 +112,35 @@ class TestAutograd:
             x = torch.autograd.forward_ad.make_dual(problem.x, tangent)
             out = torch.autograd.forward_ad.unpack_dual(key_conv2d(x, *rest, padding=1))
         torch.testing.assert_close(out.tangent, key_conv2d(tangent, *rest, padding=1))
+
+    def test_forward_mode_through_a_backward_pass(self):
+        problem = Problem((2, 4, 6, 5), mkf.keys.random(3, 3, 0))
+        x, keys, index, *parameters = problem.tensors()
+        for t in (x, *parameters):
+            t.requires_grad_()
+        dy, tangent = noise(2, *x.shape)
+        for y in (
+            key_conv2d(x, keys, index, *parameters, padding=1),
+            compute.written_out(x, keys, index, *parameters, (1, 1), (1, 1), (1, 1)),
+        ):
+            with forward_ad.dual_level():
+                found = torch.autograd.grad(y, [x, *parameters], forward_ad.make_dual(dy, tangent), retain_graph=True)
+                tangents = [forward_ad.unpack_dual(t).tangent for t in found]
+            expected = torch.autograd.grad(y, [x, *parameters], tangent)  # it is linear
+            torch.testing.assert_close(tangents, list(expected), rtol=1e-4, atol=1e-5)
+
+    def test_forward_mode_compiled(self):
+        problem = Problem((2, 4, 6, 5), mkf.keys.random(3, 3, 0))
+        x, *others = problem.tensors()
+
+        def jvp(x, tangent):
+            return torch.func.jvp(lambda x: key_conv2d(x, *others, padding=1), (x,), (tangent,))
+
+        tangent = noise(*x.shape)
+        torch._dynamo.reset()
+        found = torch.compile(jvp, backend="eager")(x, tangent)
+        torch.testing.assert_close(found, jvp(x, tangent), rtol=1e-4, atol=1e-5)
+        assert found[1].norm() > 1
 
     def test_functional_transforms(self):
         problem = Problem((4, 3, 6, 5), mkf.keys.random(3, 2, 0))

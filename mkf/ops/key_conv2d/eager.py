@@ -31,7 +31,7 @@ _is_grad_enabled = torch.is_grad_enabled
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only torch's own operators support."""
-    return not _is_compiling() and (forward_ad._current_level >= 0 or maybe_current_level() is not None)
+    return forward_ad._current_level >= 0 or (not _is_compiling() and maybe_current_level() is not None)
 
 
 def is_watched() -> bool:
@@ -244,7 +244,7 @@ class _KeyConv2d(torch.autograd.Function):
             return None, dx, d_keys, None, *others
         saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
         gradients: Sequence[Tensor | None]
-        if _is_grad_enabled() or is_legacy_batchedtensor(dy):
+        if _is_grad_enabled() or is_legacy_batchedtensor(dy) or is_transformed():
             # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
             gradients = _differentiable_gradients(dy, *saved, wanted, call.x_size, *call.options)
         else:
@@ -276,13 +276,36 @@ def _differentiable_gradients(
     size: Sequence[int],
     *options: Any,
 ) -> list[Tensor | None]:
-    """As `compute.gradients`, by torch's own operators: those of the ordinary convolution."""
+    """As `compute.gradients`, by torch's own operators: those of the ordinary convolution.
+
+    Each is written out, and not left to autograd: where x itself was computed from the parameters, as in a layer that
+    is applied twice, that would follow x to them too.
+    """
     if x is None:  # then its values do not matter
-        x = dy.new_zeros(size, requires_grad=True)
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        out = compute.written_out(x, keys, index, scale, shift, None, *options)
-    leaves = [t for t, w in zip((x, keys, scale, shift), wanted, strict=False) if w]
-    found = iter(torch.autograd.grad(out, leaves, dy, create_graph=again) if leaves else ())
+        x = dy.new_zeros(size)
+    stride, padding, dilation, *_ = options
+    index = index.long()
+    filters = scale[:, None, None] * keys[index] + shift[:, None, None]
+    of_filters = any(wanted[1:4])
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        filters[:, None].to(x.dtype),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        (0, 0),
+        len(index),
+        (wanted[0], of_filters, False),
+    )
+    d_keys = d_scale = d_shift = None
+    if of_filters:
+        dw = dw[:, 0].to(filters.dtype)
+        scaled = (scale[:, None, None] * dw).to(keys.dtype)
+        d_keys = torch.zeros_like(keys).index_add(0, index, scaled) if wanted[1] else None
+        d_scale = (dw * keys[index]).sum((1, 2)) if wanted[2] else None
+        d_shift = dw.sum((1, 2)) if wanted[3] else None
     d_bias = dy.sum((0, 2, 3), dtype=shift.dtype) if wanted[4] else None
-    return [*(next(found) if w else None for w in wanted[:4]), d_bias]
+    return [dx if wanted[0] else None, d_keys, d_scale, d_shift, d_bias]
