@@ -18,8 +18,9 @@ class LayerReport:
         keys_used: How many different keys its channels have.
         residual: Mean over the filters of ||f - (a key + b)|| / ||f - mean(f)||; dead filters (constant ones) left out.
         worst_residual: The largest of them.
-        output_error: ||y_keys - y|| / ||y|| of the layer's output y for the batch, the layer's input being the same.
-        seconds: Time of the layer for the batch.
+        output_error: ||y_keys - y|| / ||y|| of the layer's output y for the batch, the layer's input being the same;
+            of its first run if there are several. None where y is 0.
+        seconds: Time of the layer for the batch, of all its runs if there are several.
         seconds_with_keys: The same with keys.
     """
 
@@ -41,7 +42,7 @@ class ConversionReport:
 
     Attributes:
         layers: One report each.
-        seconds: Time of the whole model for the batch before the conversion, in evaluation mode; None without a batch.
+        seconds: Time of the whole model for the batch before any conversion, in evaluation mode; None without a batch.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -65,12 +66,16 @@ class ConversionReport:
         return sum(layer.seconds or 0.0 for layer in self.replaced) / self.seconds
 
     @property
+    def saved(self) -> float:
+        """Seconds that the replaced layers take less than before, of those that were timed."""
+        return sum((layer.seconds or 0.0) - (layer.seconds_with_keys or 0.0) for layer in self.replaced)
+
+    @property
     def expected_speed_up(self) -> float | None:
         """Time of the model / its time if only the replaced layers change, by Amdahl's law; None without a batch."""
         if self.seconds is None:
             return None
-        saved = sum((layer.seconds or 0.0) - (layer.seconds_with_keys or 0.0) for layer in self.replaced)
-        return self.seconds / (self.seconds - saved)
+        return self.seconds / (self.seconds - self.saved)
 
     def __str__(self) -> str:
         """A table of the layers and a line for the whole."""

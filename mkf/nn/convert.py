@@ -44,7 +44,8 @@ def convert(
     Any other `assign` gives new layers to train from scratch, whatever the old filters were.
 
     Replaced is every `nn.Conv2d`, and timm's `Conv2dSame` where it pads evenly, that has one filter per channel, of the
-    size of the keys, shares no parameter with another layer, and is neither parametrised nor hooked.
+    size of the keys, shares no parameter with another layer, holds nothing but weight and bias, and is neither
+    parametrised nor hooked.
     `conversion_report(model)` tells which were left alone and why. Where the model has filters of several sizes, call
     this again with keys of each. Convert before the model is compiled, wrapped or given to an optimiser.
 
@@ -109,9 +110,13 @@ def convert(
         raise ValueError(f"no layer can have these keys: {reasons or 'the model has no depthwise convolution'}")
     seconds = None if batch is None else _measure(model, new, reports, batch if isinstance(batch, tuple) else (batch,))
     earlier = getattr(model, _RECORD, ConversionReport())
-    model = _replaced(model, new)
     kept = [report for report in earlier.layers if report.name not in reports]
-    setattr(model, _RECORD, ConversionReport([*kept, *reports.values()], seconds))
+    if seconds is not None:  # before any conversion: what earlier ones saved is added
+        seconds += ConversionReport(kept, seconds).saved
+    in_order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    layers = sorted([*kept, *reports.values()], key=lambda report: in_order.get(report.name, len(in_order)))
+    model = _replaced(model, new)
+    setattr(model, _RECORD, ConversionReport(layers, seconds))
     return model
 
 
@@ -165,11 +170,19 @@ def _why_not(name: str, conv: nn.Conv2d, filter_fn: FilterFn | None) -> str | No
         return "its weight is parametrised, computed anew at every step"
     if _has_hooks(conv):
         return "it has hooks, which would be lost"
+    if "forward" in vars(conv):
+        return "its forward was replaced"
+    if conv._buffers or conv._modules or conv._parameters.keys() - {"weight", "bias"}:
+        return "it holds more than weight and bias, which would be lost"
     return None
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+    of_layer = [value for name, value in vars(layer).items() if name.endswith("_hooks") and name.startswith("_")]
+    of_parameters = [
+        hooks for p in layer.parameters(recurse=False) for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
+    ]
+    return any(of_layer) or any(of_parameters)
 
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:
@@ -216,14 +229,14 @@ def _measure(
     """
 
     def compare(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        def hook(conv: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], y: Tensor) -> None:
             report = reports[name]
-            if report.output_error is not None:  # a layer may run more than once; the first run is compared
-                return
-            x, layer = inputs[0], new[name].to(inputs[0].device).eval()
-            report.output_error = float((layer(x) - y).norm() / y.norm())
-            report.seconds = _seconds(lambda: conv.forward(x), x.device)
-            report.seconds_with_keys = _seconds(lambda: layer(x), x.device)
+            x = inputs[0] if inputs else by_name["input"]
+            layer = new[name].to(x.device).eval()
+            if report.seconds is None and (norm := y.float().norm()) > 0:  # of the first run, if there are several
+                report.output_error = float((layer(x) - y).float().norm() / norm)
+            report.seconds = (report.seconds or 0.0) + _seconds(lambda: conv.forward(x), x.device)
+            report.seconds_with_keys = (report.seconds_with_keys or 0.0) + _seconds(lambda: layer(x), x.device)
 
         return hook
 
@@ -232,7 +245,7 @@ def _measure(
     try:
         with ExitStack() as hooks:
             for name in new:
-                hooks.callback(model.get_submodule(name).register_forward_hook(compare(name)).remove)
+                hooks.callback(model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True).remove)
             model(*arguments)
         device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
         return _seconds(lambda: model(*arguments), device)

@@ -15,6 +15,7 @@ from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
 from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
 from mkf.ops.key_conv2d.check import geometry
+from mkf.ops.key_conv2d.eager import forget
 
 TRAINABLE = ("scale", "shift", "bias", "keys")
 
@@ -42,6 +43,10 @@ class KeyConv2d(nn.Module):
     The state is `keys` (K, k, k), `index` (C,) int32, and `scale`, `shift` and `bias` (C,). Writing to them in place
     takes effect at the next forward. The keys stay float32 whatever dtype the layer is converted to, because rounded
     keys are no longer separable. A layer on the meta device has no values: load a state after `to_empty`.
+
+    Moving averages of weights must copy what does not train, as timm's `ModelEmaV3` and torch's `AveragedModel` do.
+    Averaged in floating point, as by timm's `ModelEmaV2` or `AveragedModel(use_buffers=True)`, `index` is cut to the
+    integer below, another key, and keys lose their separability.
 
     Args:
         channels: C, of the input and of the output.
@@ -312,7 +317,7 @@ class KeyConv2d(nn.Module):
         options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
         return explain_key_conv2d(x, self.keys, *options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as by nn.Conv2d
         """Convolve (N, C, H, W) or (C, H, W); see `mkf.ops.key_conv2d`."""
         try:  # straight from their dictionaries, which saves three microseconds
             parameters: dict[str, Any] = self._parameters
@@ -322,7 +327,7 @@ class KeyConv2d(nn.Module):
         except KeyError:  # somebody has put something in their place, such as a parametrisation
             keys, index, scale, shift, bias = self.keys, self.index, self.scale, self.shift, self.bias
         geometry = self.stride, self.padding, self.dilation
-        return key_conv2d(x, keys, index, scale, shift, bias, *geometry, self.backend, self.tolerance)
+        return key_conv2d(input, keys, index, scale, shift, bias, *geometry, self.backend, self.tolerance)
 
     def extra_repr(self) -> str:
         """Size and options, the share of the channels that each key has, and what a fit missed."""
@@ -341,6 +346,7 @@ class KeyConv2d(nn.Module):
         return ", ".join(options)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        forget(self.scale)
         keys = self.keys.detach()
         gradient = None if self.keys.grad is None else self.keys.grad.detach()
         super()._apply(fn, recurse)
@@ -360,6 +366,7 @@ class KeyConv2d(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self.residual = None  # what it told is no longer there
+        forget(self.scale)
         if f"{prefix}scale" in state_dict and f"{prefix}keys" not in state_dict:
             error_msgs.append(
                 f"{prefix}keys is missing, as in a compact state: load mkf.bank.compact.expand(state) into an "

@@ -1,6 +1,7 @@
 """Networks that get keys and give them back."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn.utils import parametrizations
 
 import mkf
 from mkf.nn import conversion_report, convert, restore
+
+convert_module = importlib.import_module("mkf.nn.convert")  # mkf.nn.convert is the function
 
 TINY = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5}
 
@@ -104,7 +107,7 @@ def test_report_of_a_batch() -> None:
     error = ((y - seen["y"]).norm() / seen["y"].norm()).item()
     row = next(r for r in report.layers if r.name == name)
     assert row.output_error == pytest.approx(error, rel=1e-3)
-    assert 0 < report.share < 1
+    assert report.share > 0
     saved = sum(r.seconds - r.seconds_with_keys for r in report.layers)
     assert report.expected_speed_up == pytest.approx(report.seconds / (report.seconds - saved))
     assert model.training
@@ -140,6 +143,14 @@ class Odd(nn.Module):
         self.normed = parametrizations.weight_norm(nn.Conv2d(4, 4, 7, padding=3, groups=4))
         self.hooked = nn.Conv2d(4, 4, 7, padding=3, groups=4)
         self.hooked.register_forward_hook(lambda *_: None)
+        self.stored = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.stored.register_state_dict_pre_hook(lambda *_: None)
+        self.weighed = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.weighed.weight.register_hook(lambda g: g)
+        self.replaced = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.replaced.forward = lambda x: x
+        self.masked = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        self.masked.register_buffer("mask", torch.ones(4))
         self.own = type("Own", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 4, 7, groups=4)
         self.same = timm.layers.Conv2dSame(4, 4, 7, groups=4)
         self.uneven = timm.layers.Conv2dSame(4, 4, 7, stride=2, groups=4)
@@ -160,6 +171,10 @@ def test_what_is_left_alone_and_why() -> None:
         "reflects": "reflect",
         "normed": "parametrised",
         "hooked": "hooks",
+        "stored": "hooks",
+        "weighed": "hooks",
+        "replaced": "forward was replaced",
+        "masked": "more than weight and bias",
         "own": "Own",
         "uneven": "one side",
         "kept": "filter_fn",
@@ -167,7 +182,7 @@ def test_what_is_left_alone_and_why() -> None:
         assert word in reasons[name], name
     assert "dense" not in reasons
     assert model.same(x).shape == (1, 4, 9, 9)
-    assert len(conversion_report(model).skipped) == 8
+    assert len(conversion_report(model).skipped) == 12
     assert "left alone" in str(conversion_report(model))
 
 
@@ -178,6 +193,31 @@ def test_layers_that_share_their_filters_are_left_alone() -> None:
     assert [type(layer) for layer in converted] == [nn.Conv2d, mkf.KeyConv2d, nn.Conv2d]
     assert converted[2].weight is converted[0].weight
     assert "shares parameters" in str(mkf.conversion_report(converted))
+
+
+def test_a_dilated_conv2d_same_keeps_its_dilation() -> None:
+    conv, keys = own_keys(nn.Sequential(timm.layers.Conv2dSame(8, 8, 7, dilation=2, groups=8)))
+    x = torch.randn(2, 8, 15, 14)
+    expected = conv(x)
+    torch.testing.assert_close(convert(conv, keys)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_report_leaves_statistics_of_batches_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, padding=3, groups=8)).train()
+    convert(model, mkf.keys.paper8(), batch=torch.randn(2, 8, 9, 9) + 3)
+    assert model.training
+    assert model[1].training
+    assert not model[0].running_mean.any()
+    assert model[0].num_batches_tracked == 0
+
+
+def test_dead_filters_do_not_count_in_the_residual() -> None:
+    conv = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    with torch.no_grad():
+        conv.weight[3:] = 0.5
+    report = conversion_report(convert(nn.Sequential(conv), mkf.keys.paper8())).layers[0]
+    fit = mkf.affine_fit(conv.weight.detach()[:3, 0], mkf.keys.paper8())
+    assert report.residual == pytest.approx(fit.residual.mean().item())
 
 
 def test_a_module_that_is_used_twice_has_one_replacement() -> None:
@@ -211,6 +251,50 @@ def test_two_sizes_in_two_calls() -> None:
     report = conversion_report(model)
     assert [layer.reason for layer in report.layers] == [None, None]
     assert [layer.kernel_size for layer in report.layers] == [(7, 7), (3, 3)]
+
+
+def test_two_calls_report_the_whole_network(monkeypatch) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 7, padding=3, groups=8)).eval()
+    times = iter([6.0, 1.0, 20.0, 4.0, 1.0, 15.0])  # 7x7, its keys, all; 3x3, its keys, all with keys in 7x7
+    monkeypatch.setattr(convert_module, "_seconds", lambda *_: next(times))
+    x = torch.randn(1, 8, 9, 9)
+    convert(model, mkf.keys.paper8(), batch=x)
+    assert conversion_report(model).expected_speed_up == 20 / 15
+    convert(model, mkf.keys.analytic("B", 3), batch=x)
+    report = conversion_report(model)
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+    assert report.seconds == 20
+    assert report.share == 10 / 20
+    assert report.expected_speed_up == 20 / 12
+
+
+class Often(nn.Module):
+    """A layer that runs three times, once on nothing but zeros, and is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.conv(input=x)
+        return x
+
+
+def test_a_layer_that_runs_often_is_timed_each_time(monkeypatch) -> None:
+    times = iter([2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 8.0])
+    monkeypatch.setattr(convert_module, "_seconds", lambda *_: next(times))
+    model = convert(Often().eval(), mkf.keys.paper8(), batch=torch.randn(1, 8, 9, 9))
+    report = conversion_report(model)
+    assert report.share == 6 / 8
+    assert report.expected_speed_up == 8 / 5
+    assert report.layers[0].output_error > 0
+
+
+def test_outputs_of_zero_have_no_relative_error() -> None:
+    model = convert(Often().eval(), mkf.keys.paper8(), batch=torch.zeros(1, 8, 9, 9))
+    assert conversion_report(model).layers[0].output_error is None
+    assert "nan" not in str(conversion_report(model))
 
 
 def test_a_model_that_is_a_convolution() -> None:

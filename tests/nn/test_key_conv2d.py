@@ -194,6 +194,7 @@ class TestFromConv2d:
 
 class TestAttributes:
     def test_it_looks_like_the_convolution_it_is(self, layer, x):
+        assert torch.equal(layer(input=x), layer(x))
         conv = layer.to_conv2d()
         for name in inspect.signature(nn.Conv2d).parameters.keys() - {"bias", "device", "dtype"}:
             assert getattr(layer, name) == getattr(conv, name), name
@@ -320,6 +321,16 @@ class TestState:
         empty.load_state_dict(layer.state_dict(), assign=True)
         assert torch.equal(empty(x), layer(x))
 
+    def test_parameters_may_be_swapped(self, layer, x, monkeypatch):
+        monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+        state, expected = copy.deepcopy(layer.state_dict()), layer(x).detach()
+        with torch.no_grad():
+            layer(x)
+            layer.load_state_dict(state)
+            assert torch.equal(layer(x), expected)
+            layer.to(torch.bfloat16)
+            torch.testing.assert_close(layer(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+
     @pytest.mark.parametrize("train", [("shift",), ("keys",)])
     def test_converting_does_not_round_the_keys(self, train, x):
         layer = KeyConv2d(24, 7, ANALYTIC, padding=3, train=train)
@@ -372,14 +383,22 @@ class TestTraining:
         assert x.grad.is_contiguous(memory_format=torch.channels_last)
         assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
-    def test_an_average_of_the_weights(self, layer, x):
+    @pytest.mark.parametrize("kind", ["timm", "torch"])
+    def test_an_average_of_the_weights(self, kind, layer, x):
         from timm.utils import ModelEmaV3
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-        average = ModelEmaV3(layer, decay=0.9)
+        if kind == "timm":
+            average = ModelEmaV3(layer, decay=0.9)
+            update = average.update
+        else:
+            average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            update = average.update_parameters
+            update(layer)  # the first is a copy
         with torch.no_grad():
             layer.shift.add_(1)
         for _ in range(3):
-            average.update(layer)
+            update(layer)
         assert torch.equal(average.module.keys, layer.keys)
         assert torch.equal(average.module.index, layer.index)
         expected = layer.shift - 0.9**3

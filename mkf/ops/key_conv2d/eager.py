@@ -177,6 +177,13 @@ def keep(
         _kept[place] = kept
 
 
+def forget(scale: Tensor) -> None:
+    """Let go of the calls with this scale: while one refers to it, torch refuses to swap it for another tensor."""
+    with _lock:
+        for place in [place for place in _kept if place[0] == id(scale)]:
+            _kept.pop(place, None)
+
+
 def _guards(*tensors: Tensor) -> Any:
     """Tells whether tensors have the types, sizes, strides, dtypes and devices that these have, in one microsecond.
 
