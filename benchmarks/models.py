@@ -39,18 +39,18 @@ WARM_UP = 2  # rounds after which all the memory that is needed is there
 
 
 class BiasAdded(nn.Module):
-    """A frozen depthwise convolution without its bias, which is added: the skilled formulation."""
+    """A frozen depthwise convolution without its bias, which is added if there is one: the skilled formulation."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
-        self.bias = nn.Parameter(bias.view(-1, 1, 1))
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone().view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, then the bias."""
         conv = self.conv
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups).add_(self.bias)
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Subsample(nn.Module):

@@ -36,7 +36,11 @@ def command(
     pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of a timm model.")] = True,
     finetune: Annotated[
         Path | None,
-        typer.Option(metavar="DATA", help="Then train on this Parquet image folder to win back accuracy."),
+        typer.Option(
+            metavar="DATA",
+            help="Then train on this Parquet image folder to win back accuracy; filters of layers that no KeyConv2d can "
+            "stand for stay free.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -82,6 +86,7 @@ def command(
         _print_layers(fits, len(key_set), console)
         _print_left_alone(state, fits, console)
         if config is not None:
+            _print_free(config, console)
             _train(config, console)
             small = with_shared_keys(_weights(str(run / "model.safetensors"), False), key_set)
             state = expand(small)
@@ -134,6 +139,20 @@ def _print_left_alone(state: dict[str, Any], fits: dict[str, AffineFit], console
         console.print(f"Left alone, {size} unlike the keys: {', '.join(layers)}", soft_wrap=True)
 
 
+def _print_free(config: TrainConfig, console: Any) -> None:
+    """Name the layers whose filters are trained as they are, as no `KeyConv2d` computes what the layer does."""
+    from dataclasses import replace
+
+    from mkf.nn import conversion_report
+    from mkf.train import build_model
+
+    model = build_model(replace(config, weights="", assign="uniform"), num_classes=2)
+    size = conversion_report(model).replaced[0].kernel_size
+    for layer in conversion_report(model).skipped:
+        if layer.kernel_size == size:
+            console.print(f"Trained with free filters: {layer.name} ({layer.reason})", soft_wrap=True)
+
+
 def _training(
     source: str,
     pretrained: bool,
@@ -155,6 +174,8 @@ def _training(
 
     if not data.is_dir():
         raise FileNotFoundError(f"--finetune {data}: no such folder")
+    if (run / "model.safetensors").exists():
+        raise FileExistsError(f"{run} holds the training of an earlier --finetune: delete it or choose another --out")
     told: dict[str, Any] = {"model_kwargs": {}}
     path = Path(source).expanduser()
     if not path.exists():

@@ -20,7 +20,7 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
     """The images and labels of one split, decoded once and kept as uint8, for sets of small images.
 
     The folder holds `SPLIT-*.parquet` files with the columns `image` (a struct with the field `bytes`: any format that
-    Pillow reads) and `label` (integers from 0). Grey, palette and transparent images become RGB.
+    Pillow reads, of 8 bits a channel) and `label` (integers from 0). Grey, palette and transparent images become RGB.
 
     Attributes:
         images: One uint8 array (H, W, 3) per image; the sizes may differ.
@@ -38,7 +38,8 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
 
         Raises:
             FileNotFoundError: The folder is missing or has no file of these splits.
-            ValueError: A file is not Parquet, lacks a column, holds no image, or an image cannot be decoded.
+            ValueError: A file is not Parquet, lacks a column, holds no image, or an image cannot be decoded or has more
+                than 8 bits a channel.
         """
         import pyarrow.compute as pc
 
@@ -177,6 +178,8 @@ def _decode(content: bytes | None, where: str) -> np.ndarray:
 
     try:
         with Image.open(BytesIO(content or b"")) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would cut all above 255 off
+                raise ValueError(f"{where}: the image has more than 8 bits a channel (Pillow's mode {image.mode})")
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # the last is Pillow's for damaged PNG files
         raise ValueError(f"{where}: the image cannot be decoded: {error}") from error

@@ -1,5 +1,6 @@
 """Reading of Parquet image folders."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,32 @@ def test_truncated_image_and_negative_label(tmp_path: Path, write_images: WriteI
         ParquetImages(tmp_path)
     write_images(tmp_path / "train-0.parquet", [Image.new("RGB", (2, 2))], [-1])
     with pytest.raises(ValueError, match="negative labels"):
+        ParquetImages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(np.arange(4, dtype=np.uint16).reshape(2, 2) * 20000),
+        Image.fromarray(np.full((2, 2), 70000, np.int32)),
+        Image.fromarray(np.full((2, 2), 0.5, np.float32)),
+    ],
+)
+def test_more_than_8_bits_are_refused(tmp_path: Path, image: Image.Image) -> None:
+    buffer = BytesIO()
+    image.save(buffer, "TIFF")
+    table = pa.table({"image": pa.array([{"bytes": buffer.getvalue()}], IMAGE), "label": pa.array([0])})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet, row 0: the image has more than 8 bits a channel"):
+        ParquetImages(tmp_path)
+
+
+def test_a_damaged_image(tmp_path: Path) -> None:
+    content = bytearray(png(Image.effect_noise((400, 400), 50)))
+    content[content.rindex(b"IDAT")] = 1  # no name of a chunk, which is seen after the first has been read
+    table = pa.table({"image": pa.array([{"bytes": bytes(content)}], IMAGE), "label": pa.array([0])})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="row 0: the image cannot be decoded"):
         ParquetImages(tmp_path)
 
 

@@ -43,6 +43,10 @@ def test_finetune_trains_the_converted_network(colours: Path, tmp_path: Path) ->
     assert before.keys() == after.keys()
     bank = mkf.FilterBank.from_checkpoint(out)
     assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
+    assert "free filters" not in stdout
+    code, _, stderr = run("convert", tmp_path / "run" / "model.safetensors", *options)
+    assert code == 1
+    assert "holds the training of an earlier --finetune: delete it or choose another --out" in stderr
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -56,6 +60,7 @@ def test_what_was_trained_is_what_is_written(colours: Path, tmp_path: Path, comp
     code, stdout, stderr = run("convert", source, *options)
     assert code == 0, stderr
     assert "-" not in stdout.split("bytes,")[1].split("as index")[0]
+    assert "Trained with free filters: blocks.0.0.conv_dw (a Conv2dSame of stride (2, 2) pads" in stdout
     trained = state_dict(tmp_path / "keys.finetuned" / "model.safetensors")
     written = state_dict(out)
     assert trained.keys() == written.keys()

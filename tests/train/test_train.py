@@ -94,6 +94,60 @@ def test_saved_weights_load_into_the_model_and_give_the_accuracy(colours: Path) 
     assert state.test() == pytest.approx((history[-1].test_loss, history[-1].top1), rel=1e-6)
 
 
+def test_loss_and_accuracy_are_those_of_the_whole_split(colours: Path) -> None:
+    run = mkf.train.engine._Run(config(colours, "run", batch_size=3, mixup=0, cutmix=0))
+    assert [len(labels) for _, labels in run.test_loader] == [6, 2]
+    images, labels = (torch.cat(parts) for parts in zip(*run.test_loader, strict=True))
+    with torch.no_grad():
+        logits = run.tested.eval()(images)
+    accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels).item(), accuracy
+    assert 0 < accuracy < 100
+    assert run.test() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_recipe_is_followed(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, norms, inputs, outputs, seeds = [], [], [], [], []
+    clip, seed = torch.nn.utils.clip_grad_norm_, mkf.train.engine._seed
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: (norms.append(norm), clip(p, norm)))
+    monkeypatch.setattr(mkf.train.engine, "_seed", lambda *numbers: (seeds.append(numbers), seed(*numbers)))
+    options = {"mixup": 0.3, "cutmix": 0.6, "mix_prob": 0.4, "smoothing": 0.2, "erasing": 0.35, "min_crop": 0.7}
+    run = mkf.train.engine._Run(config(colours, "run", amp=True, clip_grad=0.5, seed=7, **options))
+    run.model.register_forward_hook(lambda _, x, y: inputs.append(x[0]) or outputs.append(y))
+    for _ in range(2):
+        run.epoch(lambda *_: rates.append(run.optimizer.param_groups[0]["lr"]))
+    assert rates[:2] == pytest.approx([2e-5, 1.01e-3])  # a warm-up of one epoch, two steps, from a hundredth on
+    assert rates[3] < rates[2] <= 1.01e-3
+    assert norms == [0.5] * 4
+    assert seeds == [(7, 0), (7, 1), (7, 2)]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+    assert {y.dtype for y in outputs} == {torch.bfloat16}
+    assert (run.mix.mixup_alpha, run.mix.cutmix_alpha, run.mix.mix_prob, run.mix.label_smoothing) == (
+        0.3,
+        0.6,
+        0.4,
+        0.2,
+    )
+    assert isinstance(run.train_loader.sampler, torch.utils.data.RandomSampler)
+    steps = {type(step).__name__: step for step in run.train_loader.dataset.transform.transforms}
+    assert steps["RandomErasing"].probability == 0.35
+    assert steps["RandomResizedCropAndInterpolation"].scale == (0.7, 1.0)
+    plain = mkf.train.engine._Run(config(colours, "run", mixup=0, cutmix=0, smoothing=0.2, channels_last=False))
+    assert plain.mix is None
+    assert plain.loss.smoothing == 0.2
+    assert plain.memory_format is torch.contiguous_format
+
+
+def test_a_test_sees_the_whole_picture(colours: Path) -> None:
+    run = mkf.train.engine._Run(config(colours, "run"))
+    pictures, normalised = run.test_loader.dataset.images, next(iter(run.test_loader))[0]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in run.train_loader.dataset.channel_statistics())
+    for picture, image in zip(pictures, normalised, strict=True):
+        torch.testing.assert_close(
+            image * std + mean, torch.from_numpy(picture).permute(2, 0, 1) / 255, rtol=0, atol=1e-5
+        )
+
+
 def test_it_learns(colours: Path) -> None:
     history = train(config(colours, "run", epochs=8, lr=0.02, ema=0.5, randaug="", mixup=0, cutmix=0, erasing=0))
     assert history[-1].top1 == 100
