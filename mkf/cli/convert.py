@@ -38,8 +38,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="DATA",
-            help="Then train on this Parquet image folder to win back accuracy; filters of layers that no KeyConv2d can "
-            "stand for stay free.",
+            help="Then train on this Parquet image folder to win back accuracy; layers that no KeyConv2d can stand for "
+            "keep free filters.",
         ),
     ] = None,
     model: Annotated[
