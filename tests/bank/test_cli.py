@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from mkf.bank import FilterBank
+from mkf.cli import _sources
 from mkf.cli.bank import app
 
 
@@ -58,7 +59,10 @@ def test_build_untrained(tmp_path: Path) -> None:
     code, out, err = mkf_bank("build", "convnextv2_atto", "--no-pretrained", "--out", tmp_path / "bank")
     assert code == 0, err
     assert "untrained" in out
-    assert len(FilterBank.open(tmp_path / "bank")) == 1840
+    bank = FilterBank.open(tmp_path / "bank")
+    assert (len(bank), bank.models) == (1840, ("convnextv2_atto-untrained",))
+    with pytest.raises(ValueError, match="no trained model"):
+        _sources.trained([str(tmp_path / "bank")], 7, True)
 
 
 def test_build_paper54_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
