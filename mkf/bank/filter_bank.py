@@ -138,7 +138,7 @@ class FilterBank:
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is truncated or damaged, needs code to be run, holds no weights where they are looked
-                for, or no depthwise filters.
+                for, or no depthwise filters, or two layers of one name, with and without what a wrapper put before it.
         """
         found = checkpoint.read(path, name)
         banks = []
