@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import mkf
 from mkf.kernels.registry import BackendError, implementations
+from mkf.ops.arguments import filters_tensor
 
 
 @pytest.fixture
@@ -58,9 +60,34 @@ def test_numpy_in_numpy_out(filters, keys):
     for array in (filters.numpy()[::-1], filters.numpy().astype(">f4"), np.asfortranarray(filters.numpy())):
         swapped = mkf.affine_fit(array, keys)
         assert sorted(swapped.index) == sorted(fit.index)
-    frozen = filters.numpy().copy()
-    frozen.flags.writeable = False
-    assert np.array_equal(mkf.affine_fit(frozen, keys).index, fit.index)
+
+
+def test_read_only_memory_is_shared_and_not_written_to(filters, keys, tmp_path):
+    np.save(tmp_path / "filters.npy", filters.double())
+    wanted = filters.double().numpy()
+    mapped = np.load(tmp_path / "filters.npy", mmap_mode="r")  # the process would not survive a write
+    strided = np.load(tmp_path / "filters.npy", mmap_mode="r")[::2].swapaxes(1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for array in (mapped, mapped[1:], strided, mapped[:0], mapped.reshape(-1, 49)):
+            shared = filters_tensor(array)
+            assert len(array) == 0 or shared.data_ptr() == array.ctypes.data
+            assert np.array_equal(shared, array.reshape(shared.shape))
+    del shared
+    for backend in ("native", "numba", "reference"):
+        for source, same in ((mapped, wanted), (strided, wanted[::2].swapaxes(1, 2))):
+            for fits in zip(mkf.affine_fit(source, keys, backend=backend),
+                            mkf.affine_fit(same.copy(), keys, backend=backend), strict=True):  # fmt: skip
+                np.testing.assert_array_equal(*fits)
+    for topk in (None, 2):
+        mkf.affine_fit(mapped, keys, method="combination", topk=topk)
+    mkf.analysis.identify(mapped[:4])
+    mkf.analysis.duplicates(mapped)
+    mkf.analysis.effective_dimension(mapped)
+    mkf.search.clusters(mapped, 2)
+    assert np.array_equal(mapped, wanted)
+    held = filters_tensor(np.load(tmp_path / "filters.npy", mmap_mode="r"))  # which nothing else keeps
+    assert np.array_equal(held, wanted)
 
 
 def test_the_fit_is_relative_to_the_keys_as_given(filters, keys):
