@@ -355,6 +355,28 @@ def test_gradcheck(filters, keys, sign):
     )
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("sign", ["any", "positive"])
+def test_gradients_near_exact_copies_are_no_longer_than_they_can_be(keys, noise, sign):
+    """|dr/df'| = sqrt(1 - r^2) / |f'|."""
+    generator = torch.Generator().manual_seed(2)
+    copies = keys[torch.arange(400) % 4] + noise * torch.randn(400, 7, 7, generator=generator)
+    copies = (3 * copies + 0.5).requires_grad_()
+    mkf.affine_fit(copies, keys, sign=sign).residual.sum().backward()
+    centred = copies.detach() - copies.detach().mean((1, 2), keepdim=True)
+    assert (copies.grad.flatten(1).norm(dim=1) * centred.flatten(1).norm(dim=1)).max() < 1 + 1e-4
+
+
+def test_a_scale_held_at_zero_has_no_gradients(filters, keys):
+    key = keys[:1].requires_grad_()
+    opposite = (0.1 * filters - 2 * key.detach()).requires_grad_()
+    fit = mkf.affine_fit(opposite, key, sign="positive")
+    assert (fit.scale == 0).all()
+    (fit.scale.sum() + fit.residual.sum()).backward()
+    assert (opposite.grad == 0).all()
+    assert (key.grad == 0).all()
+
+
 def test_gradients_where_there_is_nothing_to_move(filters, keys):
     filters[0], filters[1], filters[2] = 2.0, keys[1] * 3, torch.nan
     filters.requires_grad_()
