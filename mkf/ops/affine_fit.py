@@ -93,7 +93,8 @@ def affine_fit(
             options that exclude one another, or unfit `out`.
         TypeError: A dtype that is no floating-point number, or not that of the output it is meant for.
         RuntimeError: `out` where gradients are required, as torch's functions raise.
-        NotImplementedError: Derivatives in forward mode or by torch.func.
+        NotImplementedError: Derivatives in forward mode or by torch.func; second ones of a combination whose keys
+            require gradients.
         BackendError: The implementation asked for cannot run there.
     """
     if method not in ("one", "combination"):
