@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from mkf.bank import FilterBank
     from mkf.keys import KeySet
 
+DUPLICATES_WITHIN = 20_000
+"""In a layer of more filters near-duplicates are not counted: the time grows with the square of their number, and all
+of them are in memory meanwhile."""
+
 _BATCH_ROWS = 65_536
 _NOISE_FILTERS = 4_096
 _SAMPLE_PER_KEY = 256
@@ -44,7 +48,10 @@ def analyse(
 
     Every filter f goes to the key x of largest |correlation|; its residual is `||f - (a x + b)|| / ||f - mean(f)||`
     with the best a and b (A, eq. 1-3), and `|correlation| = sqrt(1 - residual^2)`. The same filters are fitted to
-    `control`, to show what any keys would have reached. The bank is read in batches, so it may be larger than memory.
+    `control`, to show what any keys would have reached. The bank is read in batches, so it may be larger than memory:
+    of its filters a batch and the layer being read are held, of a layer no more than `DUPLICATES_WITHIN`.
+
+    Near-duplicates are counted in layers of at most `DUPLICATES_WITHIN` filters; see `Tally`.
 
     Args:
         bank: Filters of any kernel sizes; those of the keys' size are analysed, the others are counted in `left_out`.
@@ -57,7 +64,8 @@ def analyse(
         The statistics of the bank, its models and their layers.
 
     Raises:
-        ValueError: The bank is empty, holds no filter of the keys' size, or `control` is of another size than the keys.
+        ValueError: The bank is empty, holds no filter of the keys' size, or `control` is of another size than the keys;
+            or the filters of a layer do not follow one another, as when banks with models of one name are concatenated.
     """
     from mkf.keys import random
 
@@ -174,25 +182,33 @@ class _Counter:
             )
             of_model = self._layers.setdefault(model, {})
             layer = of_model.setdefault(name, LayerStatistics(name, depth, normalised_depth, Tally.empty(keys)))
+            if layer is not self._open:
+                if layer.tally.filters:
+                    raise ValueError(
+                        f"the filters of layer {name!r} of model {model!r} do not follow one another in the bank: if "
+                        "it was put together from banks that hold models of one name, give one of them another name"
+                    )
+                self._close()
+                self._open = layer
             layer.tally += tally
+            if layer.tally.filters <= DUPLICATES_WITHIN:
+                self._of_open.append(filters[torch.from_numpy(rows)])
+            else:
+                layer.tally.duplicates, self._of_open = None, []
             layer.non_finite_channels += channel[rows[~finite[rows]]].tolist()
             if self._atlas is not None:
                 self._atlas.add({(model, name, key): on[index[on] == key] for key in range(keys)}, sampled, priority)
             of_layer = unit[torch.from_numpy(rows)]
             self._moments[model] = self._moments.get(model, 0) + (of_layer.T @ of_layer).numpy()
             group[rows] = list(self._layers).index(model)
-            if layer is not self._open:
-                self._close()
-                self._open = layer
-            self._of_open.append(filters[torch.from_numpy(rows)])
         groups = torch.from_numpy(group)
         self._residuals.add(fit, groups, len(self._layers))
         self._control_residuals.add(control_fit, groups, len(self._layers))
 
     def _close(self) -> None:
         """Count the near-duplicates of the layer whose filters have all come."""
-        if self._open is not None:
-            self._open.tally.duplicates += int((duplicates(torch.cat(self._of_open)) >= 0).sum())
+        if self._open is not None and self._open.tally.duplicates is not None:
+            self._open.tally.duplicates = int((duplicates(torch.cat(self._of_open)) >= 0).sum())
         self._open, self._of_open = None, []
 
     def result(self, left_out: dict[int, int]) -> Analysis:
@@ -221,15 +237,12 @@ class _Counter:
 
 
 def _by_layer(metadata: Any) -> Iterator[tuple[Array, str, str, int, float]]:
-    """Rows, model, layer, depth and normalised depth of each layer of a metadata table, in order of appearance."""
+    """Rows, model, layer, depth and normalised depth of each run of one layer's filters in a metadata table."""
     model, layer = (metadata[column].combine_chunks().dictionary_encode() for column in ("model", "layer"))
     code = model.indices.to_numpy().astype(np.int64) * len(layer.dictionary) + layer.indices.to_numpy()
-    order = np.argsort(code, kind="stable")
-    bounds = [0, *(np.flatnonzero(np.diff(code[order])) + 1), len(order)]
-    groups = [order[start:stop] for start, stop in pairwise(bounds)]
-    for rows in sorted(groups, key=lambda rows: int(rows[0])):
-        first = metadata.slice(int(rows[0]), 1).to_pylist()[0]
-        yield rows, first["model"], first["layer"], first["depth"], first["normalised_depth"]
+    for start, stop in pairwise([0, *(np.flatnonzero(np.diff(code)) + 1), len(code)]):
+        first = metadata.slice(int(start), 1).to_pylist()[0]
+        yield np.arange(start, stop), first["model"], first["layer"], first["depth"], first["normalised_depth"]
 
 
 def _correlation(residual: Array) -> Array:

@@ -53,6 +53,9 @@ _COLOURS_ON_DARK = ("#4f8fd0", "#2fae9f", "#8cc4f0", "#a5e0d4", "#e5647b", "#f6a
 _LIMIT = 0.6
 """Colours saturate at this tap value of a centred filter of norm 1, so that flat filters keep their shape visible."""
 
+_PIXELS: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -_LIMIT, "vmax": _LIMIT, "interpolation": "nearest"}
+_FRAME: dict[str, Any] = {"linewidth": 0.4, "color": "0.6"}
+
 
 def _drawn(function: Callable[P, R]) -> Callable[P, R]:
     """Draw in the house's style, and say how to install matplotlib where it is missing."""
@@ -139,32 +142,29 @@ def atlas(filters: torch.Tensor, keys: KeySet, *, columns: int = 10) -> Figure:
     filters = filters.detach().cpu()
     fit = affine_fit(filters, keys)
     index, scale, residual = fit.index.numpy(), fit.scale.numpy(), fit.residual.numpy()
-    figure = _figure(1.3 + 0.6 * (columns + 1), 0.76 * len(keys) + 0.25)
-    widths = [1.7, 1, 0.15, *([1] * columns)]
-    grid = figure.add_gridspec(len(keys), len(widths), width_ratios=widths)
+    # All of it stands in a single panel, measured in inches: one for each filter takes minutes with many keys.
+    side, step, left, top, of_filters = 0.54, (0.62, 0.78), 1.03, 0.18, 1.73
+    width, height = of_filters + step[0] * columns, top + step[1] * len(keys)
+    figure = _figure(width, height)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(left, top - 0.06, "key", fontsize=7.5)
+    axes.text(of_filters, top - 0.06, "filters, from well to badly fitted; below each its residual", fontsize=7.5)
     for row, (key, name) in enumerate(zip(keys.centred().numpy(), key_labels(keys), strict=True)):
-        label = figure.add_subplot(grid[row, 0])
-        label.axis("off")
-        label.text(0.0, 0.5, str(row + 1), fontsize=11, fontweight="bold", va="center")
-        label.text(0.2, 0.5, fill(name, 14), fontsize=7, va="center", linespacing=1.2)
-        key_axes = figure.add_subplot(grid[row, 1])
-        _image(key_axes, key)
-        if row == 0:
-            key_axes.set_title("key", loc="left", pad=4)
+        y = top + step[1] * row
+        axes.text(0.03, y + side / 2, str(row + 1), fontsize=11, fontweight="bold", va="center")
+        axes.text(0.23, y + side / 2, fill(name, 14), fontsize=7, va="center", linespacing=1.2)
+        _place(axes, key, left, y, side)
         of_key = np.flatnonzero((index == row) & (scale != 0))
         of_key = of_key[np.argsort(residual[of_key], kind="stable")]
         shown = min(columns, len(of_key))
         ranks = (np.arange(shown) + 0.5) / max(shown, 1) * len(of_key)
         for column, number in enumerate(of_key[ranks.astype(int)]):
-            axes = figure.add_subplot(grid[row, column + 3])
-            _image(axes, _as_key(filters[number].double().numpy(), float(scale[number])))
-            axes.set_xlabel(f"{residual[number]:.2f}".removeprefix("0"), fontsize=6.5, labelpad=1.5)
-            if row == column == 0:
-                heading = axes.annotate(
-                    "filters, from well to badly fitted; below each its residual",
-                    xy=(0, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
-                )  # fmt: skip
-                heading.set_in_layout(False)  # it reaches over the panels to its right
+            x = of_filters + step[0] * column
+            _place(axes, _as_key(filters[number].double().numpy(), float(scale[number])), x, y, side)
+            label = f"{residual[number]:.2f}".removeprefix("0")
+            axes.text(x + side / 2, y + side + 0.03, label, fontsize=6.5, ha="center", va="top")
     return figure
 
 
@@ -351,11 +351,19 @@ def _figure(width: float, height: float) -> Figure:
 
 def _image(axes: Axes, filter_: Array) -> None:
     """A k x k filter as an image, with the same colours in every panel."""
-    axes.imshow(filter_, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT, interpolation="nearest")
+    axes.imshow(filter_, **_PIXELS)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set(linewidth=0.4, color="0.6")
+        spine.set(**_FRAME)
+
+
+def _place(axes: Axes, filter_: Array, x: float, y: float, side: float) -> None:
+    """The same within a panel whose y axis points down, at its upper left corner."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(filter_, extent=(x, x + side, y + side, y), aspect="auto", **_PIXELS)
+    axes.add_patch(Rectangle((x, y), side, side, fill=False, **_FRAME))
 
 
 def _as_key(filter_: Array, scale: float) -> Array:

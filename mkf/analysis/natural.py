@@ -114,7 +114,8 @@ def reconstruct(image: Any, keys: KeySet, crop: int = 5) -> Reconstruction:
     """Put an image together from keys: each patch is its mean plus the nearest linear combination of all keys.
 
     The keys are cropped to their central crop x crop and centred; the patches do not overlap, and rows and columns left
-    over at the lower and right border are cut off.
+    over at the lower and right border are cut off. Of keys that depend on one another to float32's rounding only what
+    is independent counts.
 
     Args:
         image: As `natural_keys` takes it.
@@ -132,12 +133,13 @@ def reconstruct(image: Any, keys: KeySet, crop: int = 5) -> Reconstruction:
     if not height * width:
         raise ValueError(f"the image is {grey.shape[0]}x{grey.shape[1]}: smaller than a patch of {crop}x{crop}")
     edge = (k - crop) // 2
-    basis = keys.filters.double().numpy()[:, edge : k - edge, edge : k - edge].reshape(len(keys), -1)
+    basis = keys.centred().double().numpy()[:, edge : k - edge, edge : k - edge].reshape(len(keys), -1)
     basis = basis - basis.mean(1, keepdims=True)
+    rounding = np.finfo(np.float32).eps * max(basis.shape)  # what dependent keys have left beside one another
     original = grey[: height * crop, : width * crop]
     patches = original.reshape(height, crop, width, crop).swapaxes(1, 2).reshape(-1, crop**2)
     mean = patches.mean(1, keepdims=True)
-    nearest = mean + (patches - mean) @ (np.linalg.pinv(basis) @ basis)
+    nearest = mean + (patches - mean) @ (np.linalg.pinv(basis, rcond=rounding) @ basis)
     rebuilt = nearest.reshape(height, width, crop, crop).swapaxes(1, 2).reshape(original.shape)
     return Reconstruction(rebuilt, original)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mkf.analysis.counting import DUPLICATES_WITHIN
 from mkf.analysis.similarity import DUPLICATE
 from mkf.analysis.statistics import QUANTILES, Analysis, Tally, key_labels
 
@@ -75,7 +76,9 @@ def notes(analysis: Analysis) -> list[str]:
         more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         lines.append(f"Not finite, counted under no key: {_plural(len(broken), 'filter')} ({named}{more}).")
     dimension, taps = analysis.effective_dimension, analysis.keys.kernel_size**2
-    alike = _plural(analysis.tally.duplicates, "filter")
+    alike = f"not counted, as a layer has more than {DUPLICATES_WITHIN:,} filters"
+    if analysis.tally.duplicates is not None:
+        alike = _plural(analysis.tally.duplicates, "filter")
     lines.append(
         f"Effective dimension (participation ratio): {dimension:.1f} of {taps - 1}. Near-duplicates of an earlier "
         f"filter of their layer (|correlation| >= {DUPLICATE}): {alike}."

@@ -2,8 +2,8 @@
 
 Everything that is counted is additive, so a layer's `Tally` is built up batch by batch, a model's is the sum of its
 layers', and a family's, a depth's and a bank's are sums of those. Residuals key by key are kept per model, as
-`FitStatistics`: per layer they would be most of the memory. Memory grows with layers and with models x keys, never with
-the number of filters.
+`FitStatistics`: per layer they would be most of the memory. What is kept grows with layers and with models x keys,
+never with the number of filters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Tally:
         filters: How many filters, of any sort.
         dead: How many of them are constant.
         non_finite: How many of them hold a NaN or an infinity.
-        duplicates: How many live ones are near-duplicates of an earlier filter of their layer; see `duplicates`.
+        duplicates: How many live ones are near-duplicates of an earlier filter of their layer; see `duplicates`. None
+            where they were not counted, in at least one layer of more than `counting.DUPLICATES_WITHIN` filters.
         counts: Live filters whose best key this is, int64 (K,).
         positive: Those of `counts` whose scale is positive, int64 (K,).
         correlation_sum: Sum over the live filters of |correlation| with the best key, sqrt(1 - residual^2).
@@ -60,7 +61,7 @@ class Tally:
     filters: int
     dead: int
     non_finite: int
-    duplicates: int
+    duplicates: int | None
     counts: Array
     positive: Array
     correlation_sum: float
@@ -79,7 +80,7 @@ class Tally:
             self.filters + other.filters,
             self.dead + other.dead,
             self.non_finite + other.non_finite,
-            self.duplicates + other.duplicates,
+            None if self.duplicates is None or other.duplicates is None else self.duplicates + other.duplicates,
             self.counts + other.counts,
             self.positive + other.positive,
             self.correlation_sum + other.correlation_sum,
@@ -349,9 +350,9 @@ class Analysis:
         models []                    model, the fields of a tally, effective_dimension, layers []
         models [].layers []          layer, depth, normalised_depth, the fields of a tally, non_finite_channels []
         ```
-        A tally is `filters`, `dead`, `non_finite`, `duplicates` (numbers of filters), `counts` [K] and `shares` [K] of
-        the live filters, `positive_share` (scale > 0), `mean_correlation`, `residual_quantiles` [5],
-        `control_residual_quantiles` [5].
+        A tally is `filters`, `dead`, `non_finite`, `duplicates` (numbers of filters; the last is null where a layer was
+        too large to count them), `counts` [K] and `shares` [K] of the live filters, `positive_share` (scale > 0),
+        `mean_correlation`, `residual_quantiles` [5], `control_residual_quantiles` [5].
         """
         keys, control = self.keys, self.control
         return {

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,11 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
             f"no depthwise filters in {path.name}: no weight has the shape (C, 1, k, k) with C > 1 and k odd, 3 to 11"
             + (f"; other sizes or types: {', '.join(skipped)}" if skipped else "")
         )
-    return Checkpoint({model: unshared(layers) for model, layers in models.items()}, source, licence, skipped)
+    models = {model: unshared(layers) for model, layers in models.items()}
+    for layers in models.values():
+        if twice := [name for name, times in Counter(layer.name for layer in layers).items() if times > 1]:
+            raise _twice(path, twice[0])
+    return Checkpoint(models, source, licence, skipped)
 
 
 def state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -69,7 +74,7 @@ def state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, needs code to run, or holds no weights.
+        ValueError: It is damaged, needs code to run, holds no weights, or two by one name but for wrappers.
     """
     return expand(stored_state_dict(path))
 
@@ -79,7 +84,7 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, needs code to run, or holds no weights.
+        ValueError: It is damaged, needs code to run, holds no weights, or two by one name but for wrappers.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -94,7 +99,12 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
     else:
         tensors = _weights(_load(path), path)[1]
-    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        other = plain.setdefault(_unwrapped(name), tensor)
+        if other is not tensor and (other.dtype != tensor.dtype or not torch.equal(other, tensor)):
+            raise _twice(path, _unwrapped(name))
+    return plain
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -151,6 +161,13 @@ def _model_and_layer(key: str) -> tuple[str, str]:
     """Split `MODEL/LAYER`, or the name in a state dict, where the model is nameless; strip what wrappers added."""
     model, _, layer = key.rpartition("/")
     return model, _unwrapped(layer).removesuffix(".weight")
+
+
+def _twice(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{path.name} holds {name} twice, with and without what DataParallel or torch.compile put before it, and they "
+        "differ: save those of one of the two alone"
+    )
 
 
 def _unwrapped(name: str) -> str:

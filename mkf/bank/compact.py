@@ -75,7 +75,7 @@ def expand(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     first of the layer's parts stood: a checkpoint's order is the depth of its layers.
 
     Raises:
-        ValueError: A layer has no keys, or an index beyond them.
+        ValueError: A layer has no keys, no index, or one that is none of theirs.
     """
     layers = [name.removesuffix(".index") for name in state if name.endswith(".index")]
     weights = {
@@ -94,6 +94,9 @@ def expand(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _weight(layer: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     index, scale, shift = (state[f"{layer}.{part}"] for part in ("index", "scale", "shift"))
     keys = state.get(f"{layer}.keys", state.get(KEYS))
-    if keys is None or int(index.max()) >= len(keys):
-        raise ValueError(f"the layer {layer} has " + ("no keys" if keys is None else "an index beyond its keys"))
+    if keys is None or index.numel() == 0:
+        raise ValueError(f"the layer {layer} has no " + ("keys" if keys is None else "index"))
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= len(keys):
+        raise ValueError(f"the layer {layer} has an index beyond its keys: {low if low < 0 else high} of {len(keys)}")
     return (scale.view(-1, 1, 1) * keys[index.long()] + shift.view(-1, 1, 1))[:, None]

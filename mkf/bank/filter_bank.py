@@ -87,8 +87,8 @@ class FilterBank:
         """Collect the depthwise filters of timm's models.
 
         `source` tells timm's version and the hub's repository, `licence` what timm states for the weights. A pretrained
-        model is named with its tag (`convnextv2_pico.fcmae_ft_in1k`), an untrained one by its architecture alone; its
-        filters come from torch's global random generator.
+        model is named with its tag (`convnextv2_pico.fcmae_ft_in1k`), an untrained one by its architecture as a control
+        (`convnextv2_pico-untrained`); its filters come from torch's global random generator.
 
         Args:
             names: timm's names, with or without a tag.
@@ -138,7 +138,7 @@ class FilterBank:
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is truncated or damaged, needs code to be run, holds no weights where they are looked
-                for, or no depthwise filters.
+                for, or no depthwise filters, or two layers of one name, with and without what a wrapper put before it.
         """
         found = checkpoint.read(path, name)
         banks = []

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from mkf.bank.schema import UNTRAINED
+
 
 class Created(NamedTuple):
-    """A timm model and where its weights come from."""
+    """A timm model, what a bank calls it (`...-untrained` if it is), and where its weights come from."""
 
     model: nn.Module
     name: str
@@ -38,7 +40,7 @@ def create(name: str, pretrained: bool) -> Created:
     check_name(name, pretrained)
     if not pretrained:
         architecture = name if ":" in name else name.partition(".")[0]
-        return Created(timm.create_model(name), architecture, f"timm {timm.__version__}, untrained", "")
+        return Created(timm.create_model(name), architecture + UNTRAINED, f"timm {timm.__version__}, untrained", "")
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the libraries below have no error class in common

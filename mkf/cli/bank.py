@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 app = typer.Typer(help="Build filter banks and look at them.", no_args_is_help=True)
@@ -93,18 +94,19 @@ def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path 
 
 
 def _print_models(folder: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from mkf.bank import FilterBank
 
     bank = FilterBank.open(folder)
     keys = ["model", "kernel_size", "source", "licence"]
     models = bank.layers().group_by(keys, use_threads=False).aggregate([("layer", "count"), ("filters", "sum")])
-    table = Table("model", "kernel", "layers", "filters", "licence", "source", title=f"{len(bank)} filters in {folder}")
+    table = Table(title=Text(f"{len(bank)} filters in {folder}"))
+    for heading in ("model", "kernel", "layers", "filters", "licence", "source"):
+        table.add_column(heading, overflow="fold", no_wrap=heading not in ("licence", "source"))
     for row in models.to_pylist():
         k = row["kernel_size"]
         counts = str(row["layer_count"]), str(row["filters_sum"])
-        table.add_row(*map(escape, (row["model"], f"{k}x{k}", *counts, row["licence"], row["source"])))
-    Console().print(table)
+        table.add_row(*map(Text, (row["model"], f"{k}x{k}", *counts, row["licence"], row["source"])))
+    stdout().print(table)

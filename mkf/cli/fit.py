@@ -134,7 +134,6 @@ def _bytes(text: str) -> int:
 
 
 def _table(statistics: FitStatistics, keys: KeySet) -> Any:
-    from rich.markup import escape
     from rich.table import Table
 
     from mkf.analysis.statistics import key_labels
@@ -148,5 +147,5 @@ def _table(statistics: FitStatistics, keys: KeySet) -> Any:
         shares = (statistics.share[0, j], statistics.positive_share[0, j])
         residuals = (statistics.mean[0, j], statistics.std[0, j], median[j])
         cells = [f"{x:.1%}" for x in shares] + [f"{x:.3f}" for x in residuals] if count else ["-"] * 5
-        table.add_row(str(j + 1), escape(label), f"{count:,}", *cells)
+        table.add_row(str(j + 1), label, f"{count:,}", *cells)
     return table

@@ -26,7 +26,12 @@ _CACHED = 1 << 30
 """Bytes of images that are prepared once and not for each candidate."""
 
 
+_COMPARED = ("sources", "keys", "size", "seeds", "pretrained", "compare")
+"""What --compare looks at."""
+
+
 def command(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -79,10 +84,9 @@ def command(
         from mkf.search.two_rounds import check_rounds
 
         _check(method, objective, model, data)
-        if compare and (out or objective or state or figures):
-            raise ValueError(
-                "--compare prints a table of all methods and takes no --out, --objective, --state, --figures"
-            )
+        if compare and (others := sorted(_given(context) - set(_COMPARED))):
+            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise ValueError(f"--compare prints a table of all methods and takes no {options}")
         if out is not None:
             _outputs.named(out, "--out", ".safetensors")
             _outputs.file(out, "--out")
@@ -92,8 +96,11 @@ def command(
         for option, folder in (("--state", state), ("--figures", figures)):
             if folder is not None:
                 _outputs.folder(folder, option)
+        # Numbers that do not go together are told before any candidate is searched.
         if method == "autoencoder" and rounds == 2 and not compare:
-            check_rounds(keys, candidates)  # told before the autoencoder is trained
+            check_rounds(keys, candidates)
+        elif (method == "autoencoder" or objective) and not 1 <= keys <= candidates:
+            raise ValueError(f"--keys {keys}: there are {candidates} --candidates, so ask for 1 to {candidates} keys")
         bank = _sources.trained(sources, size, pretrained)
         console, stderr = stdout(), Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -129,6 +136,12 @@ def command(
         if out is not None:
             found.save(out)
             console.print(f"Written to {out}", soft_wrap=True)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The names of what was typed, not left at its default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _check(method: str, objective: str | None, model: Path | None, data: Path | None) -> None:

@@ -93,7 +93,8 @@ def affine_fit(
             options that exclude one another, or unfit `out`.
         TypeError: A dtype that is no floating-point number, or not that of the output it is meant for.
         RuntimeError: `out` where gradients are required, as torch's functions raise.
-        NotImplementedError: Derivatives in forward mode or by torch.func.
+        NotImplementedError: Derivatives in forward mode or by torch.func; second ones of a combination whose keys
+            require gradients.
         BackendError: The implementation asked for cannot run there.
     """
     if method not in ("one", "combination"):
@@ -199,9 +200,10 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     da/df = q' / |q'|^2            db/df = 1/n - mean(q) da/df         dr/df = e / (r |f'|^2) - r f' / |f'|^2
     da/dq = (e - a q') / |q'|^2    db/dq = -a/n - mean(q) da/dq        dr/dq = -a e / (r |f'|^2)
 
-    They are computed with y = f' / size, so that squares of tiny and huge filters stay in range. Where the residual is
-    0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter only moves its shift;
-    a filter that is not finite gets gradient 0.
+    They are computed with y = f' / size, so that squares of tiny and huge filters stay in range, and r = |e| / |y| of
+    this very e: near an exact copy that of the fit differs by rounding, and e / r would be too long. Where the residual
+    is 0, or a scale is held at 0 by `sign="positive"`, the zero subgradient is taken. A dead filter only moves its
+    shift; a filter that is not finite gets gradient 0.
     """
     filters, keys, *outputs = ctx.saved_tensors
     outputs = [x if x.ndim == 2 else x[:, None] for x in (*outputs, d_scale, d_shift, d_residual)]
@@ -223,14 +225,14 @@ def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _:
     d_filters, d_keys = torch.zeros_like(f), torch.zeros_like(q)
     for rank in range(index.shape[1]):
         j = index[:, rank].clamp(min=0)
-        r, da, db, dr = (x[:, rank : rank + 1].to(dtype) for x in (residual, d_scale, d_shift, d_residual))
+        da, db, dr = (x[:, rank : rank + 1].to(dtype) for x in (d_scale, d_shift, d_residual))
         key = q_centred[j]
         a = (y * key).sum(1, keepdim=True) / q_squares[j]
         moves = live & (a > 0) if ctx.positive else live
-        a, r, da, dr, db = (
-            torch.where(m, x, 0) for m, x in ((moves, a), (moves, r), (moves, da), (moves, dr), (finite, db))
-        )
+        a, da, dr, db = (torch.where(m, x, 0) for m, x in ((moves, a), (moves, da), (moves, dr), (finite, db)))
         e = y - a * key
+        left = moves & (residual[:, rank : rank + 1] > 0)
+        r = torch.where(left, (e.square().sum(1, keepdim=True) / squares).sqrt(), 0)
         da = (da - torch.where(moves, db * q_mean[j], 0)) / q_squares[j]
         per_e = torch.where(r > 0, dr / (r * squares), 0)
         per_y = torch.where(r > 0, dr * r / squares, 0)

@@ -135,11 +135,11 @@ def _tensor(x: Any, what: str) -> Tensor:
     """A floating-point tensor of an array, or of an object that holds its filters as `.filters`."""
     x = getattr(x, "filters", x)
     if isinstance(x, np.ndarray):
-        if not x.dtype.isnative or any(s % x.itemsize or s < 0 for s in x.strides) or not x.flags.writeable:
+        if not x.dtype.isnative or any(s % x.itemsize or s < 0 for s in x.strides):
             x = x.astype(x.dtype.newbyteorder("="), order="C")
         if x.dtype.kind != "f" or x.dtype.itemsize > 8:
             raise TypeError(f"{what} are {x.dtype}: convert them to float32, float64 or float16")
-        x = torch.from_numpy(x)
+        x = torch.from_numpy(x if x.flags.writeable else np.asarray(_ReadOnly(x)))
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: expected a tensor or a numpy array, not {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -147,6 +147,18 @@ def _tensor(x: Any, what: str) -> Tensor:
     if x.dtype not in DTYPES:
         raise TypeError(f"{what} are {x.dtype}: convert them to float32, float64, bfloat16 or float16")
     return x
+
+
+class _ReadOnly:
+    """The memory of a read-only array as one that torch shares without a warning; what is fitted is never written to.
+
+    A copy would be as large as the filters, and the warning comes once a process: silenced here, it would be missing
+    where a user writes to such memory himself.
+    """
+
+    def __init__(self, x: np.ndarray[Any, Any]):
+        self._kept = x
+        self.__array_interface__ = x.__array_interface__ | {"data": (x.ctypes.data, False)}
 
 
 def _writable(x: Any, what: str) -> Tensor:

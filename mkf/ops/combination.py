@@ -262,6 +262,9 @@ _library.define(
     " Tensor d_scale, Tensor d_shift, Tensor d_residual) -> (Tensor, Tensor)"
 )
 _library.impl("affine_combination_gradients", _gradients, "CompositeExplicitAutograd")
+# Made of torch's operations, it is differentiated through them where second derivatives are asked for: with respect to
+# the filters, as the keys are prepared without a graph.
+_library.impl("affine_combination_gradients", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake(
     "mkf::affine_combination_gradients",
     lambda filters, keys, *_: (filters.new_empty(filters.shape), keys.new_empty(keys.shape)),
@@ -278,6 +281,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, d_residual: Tensor, _: Any) -> tuple[Any, ...]:
     filters, keys, index = ctx.saved_tensors
+    if torch.is_grad_enabled() and keys.requires_grad:  # create_graph=True
+        raise NotImplementedError(
+            "second derivatives of a combination are those with respect to filters alone, and the keys require "
+            "gradients too: give keys.detach()"
+        )
     gradients = torch.ops.mkf.affine_combination_gradients
     return *gradients(filters, keys, ctx.topk, index, d_scale, d_shift, d_residual), None
 

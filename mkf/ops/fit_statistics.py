@@ -30,7 +30,8 @@ class FitStatistics:
     """What a fit of any number of filters to K keys was like, in G groups.
 
     A *dead* filter is constant, one that is not finite holds NaN or Inf: they are counted apart, under no key, and have
-    no part in the statistics of the residual. All arrays are numpy's.
+    no part in the statistics of the residual. Dead ones are told by a scale and a residual that are both 0; so are
+    those of an exact copy so tiny that float32 does not reach its scale. All arrays are numpy's.
 
     Attributes:
         groups: The G groups' labels: a number, the column's value, or a tuple of values for several columns.

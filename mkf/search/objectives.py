@@ -108,14 +108,20 @@ class OutputError:
 
     Args:
         model: A network with depthwise `nn.Conv2d` layers; it is left as it is.
-        batches: Images, or tuples that begin with images, as tensors (B, C, H, W). Any images will do, also unlabelled.
+        batches: Images, or tuples that begin with images, as tensors (B, C, H, W), each time it is iterated: a search
+            in two rounds sees them twice. Any images will do, also unlabelled.
         split: Which split of the data they come from, `train` or `test`; see `eliminate`.
         backend: As `affine_fit` has it.
+
+    Raises:
+        ValueError: A split of another name, or one that contradicts what the batches' data set says of itself; batches
+            that can be iterated only once.
     """
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], *, split: Literal["train", "test"], backend: str | None = None
     ):
+        _refuse_iterator(batches)
         self._model, self._batches, self._backend = copy.deepcopy(model).eval(), batches, backend
         self.split = _split(split, batches)
         self.description = f"output error of depthwise layers on images of the {split} split"
@@ -166,8 +172,7 @@ class Accuracy:
     def __init__(
         self, model: nn.Module, loader: Iterable[Any], *, split: Literal["train", "test"], backend: str | None = None
     ):
-        if hasattr(loader, "__next__"):
-            raise ValueError("the loader can be iterated only once: give a DataLoader or a list of batches")
+        _refuse_iterator(loader)
         _refuse_computed_filters(model)
         self._model, self._loader, self._backend = copy.deepcopy(model).eval(), loader, backend
         self.split = _split(split, loader)
@@ -290,6 +295,11 @@ def _refuse_computed_filters(model: nn.Module) -> None:
                 "pruning, so none can be put in their place: make them a plain parameter first, as "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') does"
             )
+
+
+def _refuse_iterator(batches: Any) -> None:
+    if hasattr(batches, "__next__"):
+        raise ValueError("the images can be iterated only once: give a DataLoader or a list of batches")
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mkf
@@ -73,6 +74,15 @@ def test_a_reconstruction_is_the_nearest() -> None:
     error = np.square(rebuilt.image - image[:20, :15]).mean()
     assert rebuilt.psnr == pytest.approx(10 * np.log10(np.ptp(image[:20, :15]) ** 2 / error))
     assert rebuilt.psnr > reconstruct(image, keys[:4]).psnr
+
+
+def test_dependent_keys_rebuild_no_more_than_those_they_depend_on() -> None:
+    image, two = picture(), mkf.keys.paper8()[[0, 4]].filters
+    mixed = torch.randn(46, 2, generator=torch.Generator().manual_seed(0)) @ two.flatten(1)
+    keys = mkf.KeySet(torch.cat([two, mixed.view(-1, 7, 7)]))
+    assert reconstruct(image, keys).psnr == pytest.approx(reconstruct(image, mkf.KeySet(two)).psnr, abs=1e-3)
+    tiny = mkf.KeySet(two * torch.tensor([1, 1e-12])[:, None, None])  # a key's size is no matter
+    assert reconstruct(image, tiny).psnr == pytest.approx(reconstruct(image, mkf.KeySet(two)).psnr, abs=1e-3)
 
 
 def test_images_of_all_sorts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 import mkf
 from mkf.analysis import Analysis, analyse, identify, natural_keys, page, reconstruct, report
@@ -138,6 +138,12 @@ def test_every_filter_can_be_rebuilt_from_the_downloads(bank: FilterBank, text: 
     left = np.linalg.norm(f - scale[:, None, None] * keys[index] - shift[:, None, None], axis=(1, 2))
     variation = np.linalg.norm(f - f.mean((1, 2), keepdims=True), axis=(1, 2))
     assert np.allclose(left, residual * variation, atol=1e-5)
+
+
+def test_fits_name_any_of_256_keys() -> None:
+    keys = mkf.keys.random(7, 256)
+    bank = FilterBank.from_layers([Layer("l", 2 * keys.filters)], "net")
+    assert load(page.fits.fits_file(bank, keys))["index"].tolist() == list(range(256))
 
 
 def test_fits_of_too_many_filters_are_left_out(

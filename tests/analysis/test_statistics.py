@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mkf
-from mkf.analysis import analyse, counting, statistics
+from mkf.analysis import analyse, counting, report, statistics
+from mkf.analysis.page import sections
 from mkf.analysis.statistics import QUANTILES, RESIDUAL_BINS, Tally
 from mkf.bank import FilterBank, Layer
 from mkf.ops.fit_statistics import histogram_quantile
@@ -296,6 +297,29 @@ def test_duplicates_and_dimension(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     assert analysis.models[0].effective_dimension == pytest.approx(
         mkf.analysis.effective_dimension(torch.cat([first, second]))
     )
+
+
+@pytest.mark.parametrize("rows", [10**6, 7])
+def test_duplicates_of_a_layer_too_large_to_compare_are_not_counted(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_BATCH_ROWS", rows)
+    monkeypatch.setattr(counting, "DUPLICATES_WITHIN", 40)
+    analysis = analyse(bank_of(noise(20, 7, 7).repeat(2, 1, 1), noise(41, 7, 7), noise(9, 7, 7)), KEYS)
+    assert [layer.tally.duplicates for layer in analysis.models[0].layers] == [20, None, 0]
+    document = json.loads(json.dumps(analysis.to_dict()))
+    assert document["total"]["duplicates"] is document["models"][0]["duplicates"] is None
+    assert [row["duplicates"] for row in report.tables(analysis)["layers"]] == [20, None, 0]
+    assert any("not counted, as a layer has more than" in line for line in report.notes(analysis))
+    assert "near-duplicates not counted" in sections.summary(analysis)
+
+
+@pytest.mark.parametrize("rows", [10**6, 50, 7])
+def test_filters_of_a_layer_that_do_not_follow_one_another_are_refused(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "_BATCH_ROWS", rows)
+    one = bank_of(noise(40, 7, 7), noise(10, 7, 7, seed=1))
+    with pytest.raises(ValueError, match="layer '0' of model 'Sequential' do not follow one another"):
+        analyse(FilterBank.concat([one, one]), KEYS)
 
 
 @pytest.mark.parametrize("rows", [10**6, 7])

@@ -13,6 +13,7 @@ from torch import nn
 
 import mkf
 from mkf.bank import FilterBank
+from mkf.bank.checkpoint import state_dict
 from mkf.bank.compact import compact, expand
 
 
@@ -123,6 +124,19 @@ def test_a_shared_weight_counts_once_per_model(tmp_path: Path, zipped: bool) -> 
     shared = weight()
     collection = saved(tmp_path / "two.pt", {"a/x.weight": shared, "b/x.weight": shared})
     assert len(FilterBank.from_checkpoint(collection)) == 8
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_layer_that_is_there_with_and_without_its_wrapper(tmp_path: Path, suffix: str) -> None:
+    state = {"module.a.weight": weight(1.0), "a.weight": weight(2.0)}
+    path = tmp_path / f"net.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    for read in (FilterBank.from_checkpoint, state_dict):
+        with pytest.raises(ValueError, match=f"net.{suffix} holds a.* twice, with and without what DataParallel"):
+            read(path)
+    torch.save({"module.a.weight": (shared := weight()), "a.weight": shared}, tmp_path / "shared.pth")
+    assert len(FilterBank.from_checkpoint(tmp_path / "shared.pth")) == 4
+    assert list(state_dict(tmp_path / "shared.pth")) == ["a.weight"]
 
 
 def test_only_weights_of_the_right_shape_count(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mkf.bank import FilterBank
+from mkf.bank import FilterBank, Layer
+from mkf.cli import _sources
 from mkf.cli.bank import app
 
 
@@ -58,7 +59,10 @@ def test_build_untrained(tmp_path: Path) -> None:
     code, out, err = mkf_bank("build", "convnextv2_atto", "--no-pretrained", "--out", tmp_path / "bank")
     assert code == 0, err
     assert "untrained" in out
-    assert len(FilterBank.open(tmp_path / "bank")) == 1840
+    bank = FilterBank.open(tmp_path / "bank")
+    assert (len(bank), bank.models) == (1840, ("convnextv2_atto-untrained",))
+    with pytest.raises(ValueError, match="no trained model"):
+        _sources.trained([str(tmp_path / "bank")], 7, True)
 
 
 def test_build_paper54_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +79,17 @@ def test_build_paper54_names_what_is_missing(tmp_path: Path, monkeypatch: pytest
     assert "missing: moganet_tiny_sz256: not in timm; bring the file as moganet_tiny_sz256.pth" in err
     assert "1 of the list's 53 checkpoints are in the bank." in err
     assert "hornet_tiny_7x7" in out
+
+
+def test_names_are_no_markup_and_are_not_cut(tmp_path: Path) -> None:
+    name, folder = "a_network_of_a_rather_long_name:smile:[b].and_its_tag_1k-untrained", tmp_path / "b[/x]" / "bank"
+    FilterBank.from_layers([Layer("l", torch.ones(9, 7, 7))], name, "a source " * 30).save(folder)
+    code, out, err = mkf_bank("info", folder)
+    assert code == 0, err
+    assert name in out
+    assert "9 filters in" in out
+    assert "b[/x]/bank" in "".join(out.split())
+    assert mkf_bank("build", folder, "--out", tmp_path / "[red]" / "bank")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from mkf.bank import FilterBank, Layer, fit
 from mkf.bank.fit import write_fit
 from mkf.keys import paper8
-from mkf.ops import affine_fit, stream
-from mkf.ops.fit_statistics import fit_statistics
+from mkf.ops import AffineFit, affine_fit, stream
+from mkf.ops.fit_statistics import FitTally, fit_statistics
 
 KEYS = paper8()
 
@@ -103,6 +103,15 @@ def test_several_keys_a_filter(small_bank: FilterBank, out: Path) -> None:
     table = pq.read_table(out)
     assert_fit(table, bank.filters, topk=3, sign="positive")
     assert (statistics.count == fit_statistics(bank, KEYS, sign="positive").count).all()
+
+
+def test_an_exact_combination_without_its_first_key_is_not_dead() -> None:
+    index, scale = torch.tensor([[0, 1]] * 3), torch.tensor([[0.0, -2.0], [0.0, 0.0], [torch.nan] * 2])
+    index[2] = -1
+    tally = FitTally(1)
+    tally.add(fit._counted(AffineFit(index, scale, torch.zeros(3), torch.tensor([0.0, 0.0, torch.nan])), "combination"))
+    result = tally.result()
+    assert (result.count.item(), result.dead.item(), result.not_finite.item()) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("topk", [None, 3])

@@ -20,16 +20,16 @@ def no_network(*args: Any, **kwargs: Any) -> None:
 )
 def test_untrained_models(name: str, filters: int) -> None:
     bank = FilterBank.from_timm(name, pretrained=False)
-    assert (len(bank), bank.kernel_sizes, bank.models) == (filters, (7,), (name,))
+    assert (len(bank), bank.kernel_sizes, bank.models) == (filters, (7,), (f"{name}-untrained",))
     assert bank.filters.shape == (filters, 7, 7)
     assert bank.layers()["source"][0].as_py() == f"timm {timm.__version__}, untrained"
 
 
 def test_several_names_and_mixed_kernel_sizes() -> None:
     bank = FilterBank.from_timm(["mixnet_s", "convnextv2_atto.fcmae"], pretrained=False)
-    assert bank.models == ("mixnet_s", "convnextv2_atto")
+    assert bank.models == ("mixnet_s-untrained", "convnextv2_atto-untrained")
     assert bank.kernel_sizes == (3, 5, 7, 9, 11)
-    assert set(bank.select(model="mixnet_s").layers()["stride"].to_pylist()) == {1, 2}
+    assert set(bank.select(model="mixnet_s-untrained").layers()["stride"].to_pylist()) == {1, 2}
 
 
 def test_trained_models_are_named_with_tag_source_and_licence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_load_tells_folders_files_and_names_apart(small_bank: FilterBank, tmp_pa
     assert len(load(str(tmp_path / "bank"))) == 18
     torch.save({"c.weight": torch.ones(4, 1, 3, 3)}, tmp_path / "net.pth")
     assert len(load(str(tmp_path / "net.pth"))) == 4
-    assert load("convnextv2_atto", pretrained=False).models == ("convnextv2_atto",)
+    assert load("convnextv2_atto", pretrained=False).models == ("convnextv2_atto-untrained",)
     for missing in ("net.pth", "some/where"):
         with pytest.raises(FileNotFoundError, match=f"there is no file or folder {missing}"):
             load(missing)

@@ -149,6 +149,10 @@ def test_compact_round_trip_and_its_errors() -> None:
         expand({name: tensor for name, tensor in small.items() if name != KEYS})
     with pytest.raises(ValueError, match="beyond its keys"):
         expand(small | {KEYS: keys.filters[:1]})
+    with pytest.raises(ValueError, match="the layer a has an index beyond its keys: -1 of 8"):
+        expand(small | {"a.index": torch.tensor([0, 1, -1, 2, 3, 4])})
+    with pytest.raises(ValueError, match="the layer a has no index"):
+        expand(small | {"a.index": torch.empty(0, dtype=torch.uint8)})
 
 
 def test_state_of_a_converted_model_is_read_too(tmp_path: Path) -> None:

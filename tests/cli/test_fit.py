@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mkf.bank import FilterBank, Layer
 from mkf.cli import fit
-from mkf.keys import paper8
+from mkf.keys import KeySet, paper8
 from mkf.ops import affine_fit
 
 APP = typer.Typer()
@@ -44,6 +44,13 @@ def bank_dir(tmp_path: Path) -> Path:
     filters[8, 1, 1] = torch.nan
     FilterBank.from_layers([Layer("a", filters), Layer("b", torch.randn(4, 5, 5))], "m").save(tmp_path / "bank")
     return tmp_path / "bank"
+
+
+def test_names_of_keys_are_printed_as_they_are(bank_dir: Path, out: Path, tmp_path: Path) -> None:
+    KeySet(torch.eye(7)[None], names=["a [b] c"]).save(tmp_path / "keys.safetensors")
+    result = run(bank_dir, "--out", out, "--keys", tmp_path / "keys.safetensors")
+    assert result.exit_code == 0, result.output
+    assert " a [b] c " in result.stdout
 
 
 def test_a_bank(bank_dir: Path, out: Path) -> None:

@@ -170,6 +170,8 @@ def test_what_cannot_be_written_is_refused_before_the_search(bank_dir: Path, out
 
 def test_options_that_would_not_count_are_refused(bank_dir: Path, out: Path, tmp_path: Path) -> None:
     assert "takes no --out" in refused(bank_dir, "--compare", "--out", out)
+    message = refused(bank_dir, "--compare", "--steps", 1, "--seed", 5, "--method", "pca", "--per-class", 100)
+    assert message.endswith("takes no --method, --per-class, --seed, --steps")
     assert "which was not asked for" in refused(bank_dir, "--model", tmp_path, "--data", tmp_path, "--out", out)
     for option in ("--steps", "--candidates", "--per-class"):
         assert run(bank_dir, option, 0, "--out", out).exit_code == 2
@@ -210,6 +212,16 @@ def test_too_many_keys_for_two_rounds_are_refused_before_the_training(bank_dir: 
     words = (bank_dir, "--method", "autoencoder", "--device", "nonsense", "--out", out)
     assert "ask for 1 to 51 keys" in refused(*words, "--keys", 60, "--candidates", 60)
     assert "device 'nonsense'" in refused(*words, "--keys", 60, "--candidates", 60, "--rounds", 1)
+
+
+@pytest.mark.parametrize(
+    "words", [("--method", "autoencoder", "--rounds", 1, "--device", "nonsense"), ("--objective", "residual")]
+)
+def test_more_keys_than_candidates_are_refused_before_the_search(words: tuple[object, ...], out: Path) -> None:
+    for keys in (60, 0):
+        message = refused("no/bank", *words, "--keys", keys, "--out", out)  # before the sources are read
+        assert f"--keys {keys}: there are 50 --candidates, so ask for 1 to 50 keys" in message
+    assert "no file or folder" in refused("no/bank", *words, "--keys", 60, "--candidates", 60, "--out", out)
 
 
 def test_names_are_no_markup(out: Path, tmp_path: Path) -> None:

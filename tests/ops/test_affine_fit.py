@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import mkf
 from mkf.kernels.registry import BackendError, implementations
+from mkf.ops.arguments import filters_tensor
 
 
 @pytest.fixture
@@ -58,9 +60,34 @@ def test_numpy_in_numpy_out(filters, keys):
     for array in (filters.numpy()[::-1], filters.numpy().astype(">f4"), np.asfortranarray(filters.numpy())):
         swapped = mkf.affine_fit(array, keys)
         assert sorted(swapped.index) == sorted(fit.index)
-    frozen = filters.numpy().copy()
-    frozen.flags.writeable = False
-    assert np.array_equal(mkf.affine_fit(frozen, keys).index, fit.index)
+
+
+def test_read_only_memory_is_shared_and_not_written_to(filters, keys, tmp_path):
+    np.save(tmp_path / "filters.npy", filters.double())
+    wanted = filters.double().numpy()
+    mapped = np.load(tmp_path / "filters.npy", mmap_mode="r")  # the process would not survive a write
+    strided = np.load(tmp_path / "filters.npy", mmap_mode="r")[::2].swapaxes(1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for array in (mapped, mapped[1:], strided, mapped[:0], mapped.reshape(-1, 49)):
+            shared = filters_tensor(array)
+            assert len(array) == 0 or shared.data_ptr() == array.ctypes.data
+            assert np.array_equal(shared, array.reshape(shared.shape))
+    del shared
+    for backend in ("native", "numba", "reference"):
+        for source, same in ((mapped, wanted), (strided, wanted[::2].swapaxes(1, 2))):
+            for fits in zip(mkf.affine_fit(source, keys, backend=backend),
+                            mkf.affine_fit(same.copy(), keys, backend=backend), strict=True):  # fmt: skip
+                np.testing.assert_array_equal(*fits)
+    for topk in (None, 2):
+        mkf.affine_fit(mapped, keys, method="combination", topk=topk)
+    mkf.analysis.identify(mapped[:4])
+    mkf.analysis.duplicates(mapped)
+    mkf.analysis.effective_dimension(mapped)
+    mkf.search.clusters(mapped, 2)
+    assert np.array_equal(mapped, wanted)
+    held = filters_tensor(np.load(tmp_path / "filters.npy", mmap_mode="r"))  # which nothing else keeps
+    assert np.array_equal(held, wanted)
 
 
 def test_the_fit_is_relative_to_the_keys_as_given(filters, keys):
@@ -326,6 +353,28 @@ def test_gradcheck(filters, keys, sign):
         eps=3e-3,
         atol=1e-3,
     )
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("sign", ["any", "positive"])
+def test_gradients_near_exact_copies_are_no_longer_than_they_can_be(keys, noise, sign):
+    """|dr/df'| = sqrt(1 - r^2) / |f'|."""
+    generator = torch.Generator().manual_seed(2)
+    copies = keys[torch.arange(400) % 4] + noise * torch.randn(400, 7, 7, generator=generator)
+    copies = (3 * copies + 0.5).requires_grad_()
+    mkf.affine_fit(copies, keys, sign=sign).residual.sum().backward()
+    centred = copies.detach() - copies.detach().mean((1, 2), keepdim=True)
+    assert (copies.grad.flatten(1).norm(dim=1) * centred.flatten(1).norm(dim=1)).max() < 1 + 1e-4
+
+
+def test_a_scale_held_at_zero_has_no_gradients(filters, keys):
+    key = keys[:1].requires_grad_()
+    opposite = (0.1 * filters - 2 * key.detach()).requires_grad_()
+    fit = mkf.affine_fit(opposite, key, sign="positive")
+    assert (fit.scale == 0).all()
+    (fit.scale.sum() + fit.residual.sum()).backward()
+    assert (opposite.grad == 0).all()
+    assert (key.grad == 0).all()
 
 
 def test_gradients_where_there_is_nothing_to_move(filters, keys):

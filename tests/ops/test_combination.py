@@ -240,6 +240,27 @@ def test_gradients(m, budget, monkeypatch):
     torch.testing.assert_close(keys.grad, q.grad)
 
 
+@pytest.mark.parametrize("m", [None, 1, 3])
+@pytest.mark.filterwarnings("error")
+def test_second_derivatives_are_those_of_filters(m):
+    filters, keys = (5 * noise(30)).double().requires_grad_(), 2 * KEYS.double() + 0.3
+    weights = [torch.randn(30, *shape, generator=torch.Generator().manual_seed(1)) for shape in ((m or 8,), (), ())]
+
+    def penalty(outputs):
+        loss = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
+        return torch.autograd.grad(loss, filters, create_graph=True)[0].square().sum()
+
+    fit = mkf.affine_fit(filters, keys, method="combination", topk=m)
+    own, right = (
+        torch.autograd.grad(penalty(outputs), filters)
+        for outputs in (fit[1:], differentiable(filters, keys, fit.index.long()))
+    )
+    torch.testing.assert_close(own, right)
+    fit = mkf.affine_fit(filters, keys.requires_grad_(), method="combination", topk=m)
+    with pytest.raises(NotImplementedError, match=r"keys require gradients too: give keys.detach\(\)"):
+        penalty(fit[1:])
+
+
 def test_gradients_at_other_keys_than_the_best():
     filters, keys = noise(20).double().requires_grad_(), KEYS.double().requires_grad_()
     index = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:3] for i in range(20)])

@@ -124,13 +124,22 @@ def test_interrupted_it_ends_as_if_it_had_not_been(filters, tmp_path, monkeypatc
         autoencoder(filters, steps=45, batch_size=32, state=state)
 
 
-def test_it_stops_early_with_the_best_weights(filters, monkeypatch):
+def test_it_stops_early_with_the_best_weights(filters, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["mkf.search.autoencoder"], "ROUND", 5)
-    few = autoencoder(filters[:30], steps=2000, batch_size=32, patience=3)
+    state, weights = tmp_path / "state.pt", {}
+
+    def remember(step, _):
+        weights.setdefault(step, torch.load(state)["network"])
+
+    few = autoencoder(filters[:30], steps=2000, batch_size=32, patience=3, state=state, progress=remember)
     losses = [entry.held_out + entry.unevenness for entry in few.history]
     assert len(losses) < 400
     assert min(losses) == losses[-4]
     assert all(loss >= losses[-4] for loss in losses[-3:])
+    best, last = (weights[few.history[i].step] for i in (-4, -1))
+    own = few._network.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in best.items())
+    assert not all(torch.equal(own[name], value) for name, value in last.items())
 
 
 def test_3x3_filters_are_seen_through_haar_wavelets():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import mkf
 from mkf.bank import FilterBank, Layer
 from mkf.search import Clustering, clusters
-from mkf.search.clusters import _halves, _leading, _moves, _scatter
+from mkf.search.clusters import _halves, _leading, _moves, _passes, _scatter
 from tests.kernels.affine_fit_float64 import line_of_best_key
 from tests.search.planted import SHARES, matching, plant
 
@@ -139,6 +139,16 @@ def test_a_pass_gives_the_scatter_of_each_cluster():
         )
     assert mean == pytest.approx(left.mean(), rel=1e-5)
     assert torch.equal(worst, x[left.argmax()])
+
+
+def test_a_key_without_filters_becomes_the_filter_that_is_fitted_worst():
+    x = mkf.search.sample.unit(plant(PLANTED["random"], 300)[0]).filters
+    keys = PLANTED["random"].centred()[[0, 1, 1, 2]]  # of two alike the first gets all
+    _, count, _, worst = _scatter([x], keys, None)
+    assert (count == 0).tolist() == [False, False, True, False]
+    moved, history = _passes([x], keys, 2, 0.0, None)
+    assert torch.equal(moved[2], worst)
+    assert history[1] < history[0]
 
 
 def test_a_cluster_of_two_similar_keys_is_split_between_them():

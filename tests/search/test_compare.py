@@ -50,8 +50,11 @@ def test_every_filter_is_fitted_to_keys_found_without_its_model(bank):
         seen.append((train.models, seed))
         return clusters(train, k, seed).keys
 
+    def chance(train, k, seed):
+        return mkf.keys.random(5, k, seed)
+
     given = mkf.keys.random(5, 3, seed=9)
-    result = compare(bank, 3, keys={"given": given}, methods={"own": search}, seeds=(3, 4), folds=3)
+    result = compare(bank, 3, keys={"given": given}, methods={"own": search, "chance": chance}, seeds=(3, 4), folds=3)
     assert [set(fold) for fold in result.folds] == [{"a"}, {"b"}, {"c", "d"}]
     assert result.filters == {"a": 119, "b": 59, "c": 49, "d": 6}
     assert [seed for _, seed in seen] == [3, 4] * 3
@@ -75,6 +78,9 @@ def test_every_filter_is_fitted_to_keys_found_without_its_model(bank):
         means.append(np.concatenate(residuals).mean())
     assert rows["own"].residual == pytest.approx(np.mean(means), abs=1e-6)
     assert rows["own"].spread == pytest.approx(np.std(means, ddof=1), abs=1e-6)
+    by_chance = [line_of_best_key(everything, chance(None, 3, seed).filters)[2].min(1).mean() for seed in (3, 4)]
+    assert rows["chance"].spread == pytest.approx(np.std(by_chance, ddof=1), abs=1e-6)
+    assert np.std(by_chance) > 1e-4  # a spread that can be told from another
     assert rows["own"].residual < 0.35 < rows["given"].residual
     assert result.rows[0].method == "own"
     table = result.markdown().splitlines()

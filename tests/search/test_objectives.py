@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import mkf
-from mkf.search import Accuracy, OutputError, Residual, eliminate
+from mkf.search import Accuracy, OutputError, Residual, eliminate, objectives
 from mkf.search.objectives import depthwise_layers, fingerprint
 from tests.kernels.affine_fit_float64 import line_of_best_key
 from tests.search.networks import KEYS, images, learnable, network
@@ -60,7 +61,7 @@ def test_output_error_is_that_of_the_layers_outputs():
             seen = []
             hook = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
-                original = copy.deepcopy(model).double()
+                original = copy.deepcopy(model).double().eval()
                 target = depthwise_layers(original, 7)[depthwise_layers(reference, 7).index(layer)]
                 hook.remove()
                 hook = target.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
@@ -71,7 +72,20 @@ def test_output_error_is_that_of_the_layers_outputs():
         return np.mean(errors)
 
     follow(OutputError(model, batches, split="train"), expected)
-    follow(OutputError(model, iter([x]), split="train"), expected, drops=(1,))
+    model.train()  # what it is judged by is the network in evaluation, as it was handed over or not
+    follow(OutputError(model, [x], split="train"), expected, drops=(1,))
+    assert model.training
+
+
+def test_output_error_unfolds_no_more_than_so_many_bytes_at_a_time(monkeypatch):
+    model, batches, unfolded = network(), [images(10)], []
+    whole = OutputError(model, batches, split="train").begin(KEYS).loss()[0]
+    unfold, taps, image = F.unfold, 49, 12 * 23 * 25  # the widest layer's input with its padding
+    monkeypatch.setattr(F, "unfold", lambda x, *rest: unfolded.append(4 * taps * x.numel()) or unfold(x, *rest))
+    monkeypatch.setattr(objectives, "UNFOLDED", 3 * 4 * taps * image)
+    assert OutputError(model, batches, split="train").begin(KEYS).loss()[0] == pytest.approx(whole, rel=1e-5)
+    assert max(unfolded) == objectives.UNFOLDED
+    assert len(unfolded) == 2 + 4 + 1  # layers of 8, 3 and 11 images at a time
 
 
 def test_output_error_prefers_what_the_inputs_show():
@@ -94,7 +108,8 @@ def test_accuracy():
         return 1 - rates[-1]
 
     before = fingerprint(model.state_dict().values())
-    accuracy = Accuracy(model, loader, split="train")
+    accuracy = Accuracy(model.train(), loader, split="train")
+    assert model.training
     assert accuracy.top1() == 1
     follow(accuracy, expected, drops=(4, 0))
     assert accuracy.top1(KEYS) == pytest.approx(1 - expected(KEYS))
@@ -161,8 +176,9 @@ def test_what_is_refused():
         Accuracy(model, [(x, torch.zeros(4).long())])  # the split must be said
     with pytest.raises(ValueError, match="'train' or the 'test' split"):
         Accuracy(model, [], split="all")
-    with pytest.raises(ValueError, match="iterated only once"):
-        Accuracy(model, iter([(x, torch.zeros(4).long())]), split="train")
+    for kind in (Accuracy, OutputError):
+        with pytest.raises(ValueError, match="iterated only once"):
+            kind(model, iter([(x, torch.zeros(4).long())]), split="train")
 
     def judge(batches, kind=Accuracy, keys=KEYS, model=model):
         return kind(model, batches, split="train").begin(keys).loss()

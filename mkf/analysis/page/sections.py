@@ -34,6 +34,9 @@ def summary(analysis: Analysis) -> str:
     tally, k = analysis.tally, analysis.keys.kernel_size
     layers = sum(len(model.layers) for model in analysis.models)
     median, random = (quantiles[2] for quantiles in (tally.residual_quantiles, tally.control_quantiles))
+    alike = "near-duplicates not counted"
+    if tally.duplicates is not None:
+        alike = f"and {whole(tally.duplicates)} near-duplicates"
     facts = [
         (whole(tally.filters), "filters", f"{k} &times; {k}, {whole(layers)} layers"),
         (whole(len(analysis.models)), "networks", f"{whole(len(analysis.families))} families"),
@@ -47,7 +50,7 @@ def summary(analysis: Analysis) -> str:
         (
             whole(tally.dead + tally.non_finite),
             "dead or not finite",
-            f"and {whole(tally.duplicates)} near-duplicates",
+            alike,
         ),
     ]
     tiles = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for value, name, note in facts)
