@@ -222,6 +222,16 @@ def test_strided_filters(fit, view):
     assert all(torch.equal(x, y) for x, y in zip(fit(filters, keys), fit(filters.contiguous(), keys), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_strided_filters_of_every_dtype_and_size(fit, dtype):
+    for size in (1, 2**-60) if dtype != torch.float16 else (1,):
+        stack = (size * noise(121, 9, 9)).to(dtype)
+        for filters in (stack[::3], stack.permute(0, 2, 1), stack[:, 1:8, 2:9], stack[:, ::2, ::2]):
+            keys = noise(8, *filters.shape[1:], seed=1)
+            results = fit(filters, keys), fit(filters.contiguous(), keys)
+            assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_a_filter_does_not_know_its_neighbours(fit):
     """Bitwise the same for any batch split and any number of threads."""
     filters, keys = noise(40_000, 7, 7), noise(8, 7, 7, seed=1)

@@ -34,6 +34,7 @@ from tests.kernels.test_affine_fit import (  # noqa: F401
     test_scales_of_one_sign,
     test_small_residuals_keep_their_digits,
     test_strided_filters,
+    test_strided_filters_of_every_dtype_and_size,
     test_the_best_m_keys,
     test_tiny_and_huge_filters,
 )

@@ -344,3 +344,65 @@ except MemoryError:
 def test_threads_without_memory_end_in_an_exception():
     done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+
+
+@pytest.mark.parametrize("wanted", [("dx", "d_scale"), ("dx", "d_shift"), ("d_scale", "d_shift")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_of_the_gradients(backend, wanted, layout):
+    for kind in ("direct", "rank1", "mixed"):
+        for stride in (1, 2):
+            Problem((2, 21, 9, 10), some_keys(kind, 7), stride, layout=layout).check(backend, wanted, bias=False)
+
+
+def test_bands_of_strips_that_threads_do_not_divide(backend):
+    problem, results = Problem((1, 70, 43, 30), some_keys("mixed", 7)), []
+    for count in (1, 3, 5):
+        torch.set_num_threads(count)
+        results.append([problem.forward(backend), *problem.backward(backend).values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "places", [[(2, 1), (2, 5), (4, 5)], [(r, 3 * r % 7) for r in range(7)]], ids=["lines", "many"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_single_taps_in_one_row_or_column_and_too_many_of_them(backend, places, layout):
+    keys = noise(len(places), 7, 1, seed=2) * noise(len(places), 1, 7, seed=3)
+    for key, place in zip(keys, places, strict=True):
+        key[place] += 3
+    assert (make_plan(keys).tap != 0).all()
+    for stride in (1, 2):
+        Problem((1, 48, 12, 13), keys, stride, layout=layout).check(backend)
+
+
+@pytest.mark.parametrize("count", [9, 12, 16, 17, 33])
+def test_one_sided_keys_among_many_others(backend, count):
+    one_sided = noise(1, 7, 1, seed=7) * noise(1, 1, 7, seed=8) + some_keys("mixed", 7)[5:6]
+    keys = torch.cat([some_keys("mirrored", 7), one_sided] * 4)[:count]
+    Problem((1, 64, 9, 10), keys * (1 + 0.1 * torch.arange(count))[:, None, None]).check(backend)
+
+
+@pytest.mark.parametrize("shape", [(30000, 1, 4, 4), (1, 1, 7, 60000)], ids=["many images", "a wide strip"])
+def test_sums_of_many_terms_of_one_sign_lose_no_digits(backend, shape):
+    if backend.__name__.endswith(".reference"):
+        pytest.skip("torch adds up in float32")
+    problem = Problem(shape, some_keys("rank1", 3)[:1])
+    problem.x += 3
+    problem.dy += 2
+    index, (keys, scale, shift) = problem.index.numpy(), problem.parameters()
+    expected = float64.gradients(problem.dy.double().numpy(), problem.x.double().numpy(), keys, index, scale, shift, 1)
+    for name, value in zip(GRADIENTS[1:], expected[1:], strict=True):
+        close(problem.backward(backend, (name,))[name], value, 3e-7)
+
+
+def test_a_vector_that_overlaps_the_one_before_leaves_its_channels_alone(backend):
+    if not backend.__name__.endswith(".native"):
+        pytest.skip("of the extension's vectors")
+    keys = some_keys("mixed", 7)
+    whole, part = Problem((1, 17, 9, 10), keys), Problem((1, 16, 9, 10), keys)
+    whole.index[:], part.index[:] = 0, 0
+    whole.index[16] = 5
+    part.x, part.dy = part.tensor(whole.x[:, :16]), part.tensor(whole.dy[:, :16])
+    part.scale, part.shift, part.bias = (t[:16].clone() for t in (whole.scale, whole.shift, whole.bias))
+    assert torch.equal(whole.forward(backend)[:, :16], part.forward(backend))

@@ -159,6 +159,14 @@ def test_awkward_shapes(kernel, shape, stride, channels_last):
     check(kernel, shape, 7, stride, torch.float32, channels_last, (TWO, TAPPED))
 
 
+@pytest.mark.parametrize("width", [28, 56, 88, 120])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [3, 7, 9])
+def test_rows_of_several_tiles(kernel, k, stride, width):
+    for dtype in HALF_AND_FULL:
+        check(kernel, (1, 3, 5, width), k, stride, dtype, False, (ONE, BOX))
+
+
 @pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("start", [1, 2, 4, 8])
 def test_tensors_that_start_anywhere(kernel, start, channels_last):

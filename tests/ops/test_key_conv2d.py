@@ -393,6 +393,28 @@ class TestKeysInUse:
         with pytest.raises(ValueError, match="MKF_BACKEND='fortran'"):
             call()
 
+    @pytest.mark.parametrize("name", ["scale", "shift"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("channel", [0, 11])
+    def test_values_that_torch_does_not_see_change_are_looked_at(self, name, value, channel):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        for _ in range(2):
+            key_conv2d(*problem.tensors(), padding=3)
+        getattr(problem, name).numpy()[channel] = value
+        with pytest.raises(ValueError, match=f"{name} is not finite"):
+            key_conv2d(*problem.tensors(), padding=3)
+
+    @pytest.mark.parametrize("name", ["scale", "shift"])
+    def test_parameters_may_get_other_memory(self, name):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        for _ in range(2):
+            key_conv2d(*problem.tensors(), padding=3)
+        before = getattr(problem, name).data  # kept, so that the new values lie elsewhere
+        getattr(problem, name).data = noise(12, seed=5)
+        assert getattr(problem, name).data_ptr() != before.data_ptr()
+        expected = problem.torch(torch.float64, *problem.tensors()).float()
+        torch.testing.assert_close(key_conv2d(*problem.tensors(), padding=3), expected, rtol=1e-4, atol=1e-4)
+
     def test_results_of_a_computation_are_not_kept(self):
         from mkf.ops.key_conv2d import eager
 
