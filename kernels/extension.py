@@ -1,6 +1,7 @@
 """The compiled extension `mkf._native`, if this installation has it."""
 
 import importlib.util
+import os
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,22 @@ import torch
 ISAS = ("avx512", "avx2", "portable")  # the best first
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/common/scalar.hpp counts
+
+num_threads = torch.get_num_threads
+
+
+def _after_fork() -> None:
+    """In a forked process, where GNU OpenMP would wait for ever for threads that are none of it, count one."""
+    global num_threads
+    num_threads = _one
+
+
+def _one() -> int:
+    return 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @cache

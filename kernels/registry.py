@@ -104,7 +104,8 @@ def choose(
     Args:
         operator: Name of the operator.
         device: Where the tensors are.
-        backend: Name of an implementation. Without one, the environment variable `MKF_BACKEND` counts.
+        backend: Name of an implementation. Without one, the environment variable `MKF_BACKEND` counts, unless it names
+            one that only another operator has.
         why_not_call: For an operator whose implementations do not serve every call.
 
     Raises:
@@ -112,6 +113,8 @@ def choose(
         BackendError: The one asked for cannot run on `device`, or cannot serve the call.
     """
     wanted = backend or os.environ.get("MKF_BACKEND")
+    if not backend and wanted in {i.name for i in IMPLEMENTATIONS} - {i.name for i in implementations(operator)}:
+        wanted = None
     if not wanted:
         return next(i for i in IMPLEMENTATIONS if i.operator == operator and _why_not(i, device, why_not_call) is None)
     source = "backend=" if backend else "MKF_BACKEND="

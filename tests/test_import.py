@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("timm", "matplotlib", "triton", "numba", "pyarrow", "typer", "rich", "safetensors", "ray", "PIL")
+HEAVY = ("timm", "matplotlib", "triton", "numba", "pyarrow", "typer", "rich", "safetensors", "PIL")
 
 
 def run(code):

@@ -17,9 +17,9 @@ def why_not(device: torch.device) -> str | None:
 def affine_fit(
     filters: Tensor, keys: FitKeys, positive: bool, index: Tensor, scale: Tensor, shift: Tensor, residual: Tensor
 ) -> None:
-    """See `mkf.kernels.affine_fit`. Uses as many threads as torch does."""
+    """See `mkf.kernels.affine_fit`. Uses as many threads as torch does, in a forked process one."""
     work = filters.numel() * (len(keys.unit) + 4)
     extension.native().affine_fit_cpu(
         **problem(filters, keys, positive, index, scale, shift, residual),
-        threads=max(1, min(torch.get_num_threads(), work // PER_THREAD)),
+        threads=max(1, min(extension.num_threads(), work // PER_THREAD)),
     )

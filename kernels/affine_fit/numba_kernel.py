@@ -5,6 +5,9 @@ each, and LLVM makes vector instructions of them. A product and a sum may become
 reordered: a filter's result is the same in every lane.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +27,15 @@ OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}
 jit = numba.njit(**OPTIONS)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, **OPTIONS)
+def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for many threads, once for all processes where there is a folder to write to, else once in each."""
+    try:
+        return numba.njit(function, parallel=True, nogil=True, cache=True, **OPTIONS)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return numba.njit(function, parallel=True, nogil=True, **OPTIONS)  # type: ignore[no-any-return]
+
+
+@_kept
 def affine_fit(
     rows: Floats,
     positive: bool,

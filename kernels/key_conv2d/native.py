@@ -9,8 +9,6 @@ from torch import Tensor
 from mkf.kernels import extension
 from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
-_num_threads = torch.get_num_threads  # looked up once, as this is called for every layer
-
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
 
 
@@ -45,17 +43,17 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
 
 
 def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *_: Pair) -> Bound:
-    """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, unless x is small."""
+    """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, or one if x is small or the process forked."""
     prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
     convolve, differentiate = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
     most_threads = max(1, x.numel() // PER_THREAD)
 
     def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        threads = min(_num_threads(), most_threads)
+        threads = min(extension.num_threads(), most_threads)
         convolve(threads, 0 if bias is None else bias.data_ptr(), x.data_ptr(), out.data_ptr())
 
     def backward(*tensors: Tensor | None) -> None:
-        threads = min(_num_threads(), most_threads)
+        threads = min(extension.num_threads(), most_threads)
         differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
     return Bound(forward, backward)

@@ -61,6 +61,7 @@ def test_the_best_m_keys(fit, sign):
     best = fit(filters, keys, topk=6, sign=sign)
     assert (best.index.sort(1).values == torch.arange(6)).all()
     assert (best.residual.diff(dim=1) > -1e-6).all()
+    assert (best.residual <= 1).all()
     expected = affine_fit(filters, keys, topk=6, sign=sign, backend="reference")
     torch.testing.assert_close(best.residual, expected.residual, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(best.scale, expected.scale, rtol=1e-5, atol=1e-6)

@@ -143,6 +143,9 @@ def test_constant_filters_are_dead(fit, k):
     assert (scale == 0).all()
     assert (residual == 0).all()
     assert torch.equal(shift, values)
+    several = fit(filters[:3], noise(8, k, k), topk=3)
+    assert several.index.tolist() == [[0, 1, 2]] * 3
+    assert (several.residual == 0).all()
 
 
 def test_not_finite_filters_leave_their_neighbours_alone(fit):

@@ -383,19 +383,6 @@ def test_one_sided_keys_among_many_others(backend, count):
     Problem((1, 64, 9, 10), keys * (1 + 0.1 * torch.arange(count))[:, None, None]).check(backend)
 
 
-@pytest.mark.parametrize("shape", [(30000, 1, 4, 4), (1, 1, 7, 60000)], ids=["many images", "a wide strip"])
-def test_sums_of_many_terms_of_one_sign_lose_no_digits(backend, shape):
-    if backend.__name__.endswith(".reference"):
-        pytest.skip("torch adds up in float32")
-    problem = Problem(shape, some_keys("rank1", 3)[:1])
-    problem.x += 3
-    problem.dy += 2
-    index, (keys, scale, shift) = problem.index.numpy(), problem.parameters()
-    expected = float64.gradients(problem.dy.double().numpy(), problem.x.double().numpy(), keys, index, scale, shift, 1)
-    for name, value in zip(GRADIENTS[1:], expected[1:], strict=True):
-        close(problem.backward(backend, (name,))[name], value, 3e-7)
-
-
 def test_a_vector_that_overlaps_the_one_before_leaves_its_channels_alone(backend):
     if not backend.__name__.endswith(".native"):
         pytest.skip("of the extension's vectors")

@@ -110,6 +110,10 @@ def host_library(tmp_path_factory):
         pytest.skip("no C++ compiler here")
     library = tmp_path_factory.mktemp("cuda_on_the_host") / "key_conv2d.so"
     flags = ["-O1", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-I", ROOT / "csrc"]
+    flags += [
+        "-fsanitize=alignment",
+        "-fsanitize-undefined-trap-on-error",
+    ]  # a GPU reads and writes aligned vectors only
     subprocess.run([compiler, *flags, Path(__file__).with_name("key_conv2d_cuda_host.cpp"), "-o", library], check=True)
     return library
 

@@ -404,6 +404,15 @@ class TestKeysInUse:
         with pytest.raises(ValueError, match=f"{name} is not finite"):
             key_conv2d(*problem.tensors(), padding=3)
 
+    def test_the_last_key_counts_too(self):
+        problem = Problem((1, 12, 9, 8), KEYS["analytic"])
+        problem.index[:] = len(problem.keys) - 1
+        for _ in range(2):
+            key_conv2d(*problem.tensors(), padding=3)
+        problem.keys.numpy()[-1] *= 2
+        expected = problem.torch(torch.float64, *problem.tensors()).float()
+        torch.testing.assert_close(key_conv2d(*problem.tensors(), padding=3), expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("name", ["scale", "shift"])
     def test_parameters_may_get_other_memory(self, name):
         problem = Problem((1, 12, 9, 8), KEYS["analytic"])
