@@ -113,9 +113,7 @@ def choose(
         BackendError: The one asked for cannot run on `device`, or cannot serve the call.
     """
     wanted = backend or os.environ.get("MKF_BACKEND")
-    if not backend and wanted in {i.name for i in IMPLEMENTATIONS} - {i.name for i in implementations(operator)}:
-        wanted = None
-    if not wanted:
+    if not wanted or (not backend and _is_of_others(wanted, operator)):
         return next(i for i in IMPLEMENTATIONS if i.operator == operator and _why_not(i, device, why_not_call) is None)
     source = "backend=" if backend else "MKF_BACKEND="
     chosen = named(operator, wanted, source)
@@ -124,6 +122,12 @@ def choose(
         runs = ", ".join(i.name for i in implementations(operator) if _why_not(i, device, why_not_call) is None)
         raise BackendError(f"{source}{wanted!r} cannot run {operator} on {device}: {reason}. Here {runs} can.")
     return chosen
+
+
+def _is_of_others(name: str, operator: str) -> bool:
+    """Whether other operators have an implementation of that name, and this one has none."""
+    having = {i.operator for i in IMPLEMENTATIONS if i.name == name}
+    return bool(having) and operator not in having
 
 
 def _written_for(operator: str, device_type: str) -> tuple[Implementation, ...]:

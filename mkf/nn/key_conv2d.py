@@ -15,6 +15,7 @@ from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
 from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
 from mkf.ops.key_conv2d.check import geometry
+from mkf.ops.key_conv2d.compute import filters_of
 from mkf.ops.key_conv2d.eager import forget
 
 TRAINABLE = ("scale", "shift", "bias", "keys")
@@ -210,8 +211,7 @@ class KeyConv2d(nn.Module):
         """The filters written out, (C, 1, k, k), in the dtype of `scale`; differentiable, and computed at each call."""
         dtype = torch.promote_types(self.scale.dtype, torch.float32)
         scale, shift = self.scale.to(dtype), self.shift.to(dtype)
-        filters = scale[:, None, None] * self.keys[self.index] + shift[:, None, None]
-        return filters[:, None].to(self.scale.dtype)
+        return filters_of(self.keys, self.index, scale, shift)[:, None].to(self.scale.dtype)
 
     @torch.no_grad()
     def fit_weight(self, weight: Tensor, bias: Tensor | None = None) -> AffineFit:

@@ -150,11 +150,16 @@ def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) 
     return [dx, d_keys, d_scale, d_shift, d_bias]
 
 
+def filters_of(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """What the channels are convolved with, written out: scale[c] * keys[index[c]] + shift[c], (C, k, k)."""
+    return scale[:, None, None] * keys[index.long()] + shift[:, None, None]
+
+
 def written_out(
     x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None, *options: Any
 ) -> Tensor:
     """The same as an ordinary convolution, differentiable in whatever way and as often as you like."""
     stride, padding, dilation, *_ = options
-    filters = (scale[:, None, None] * keys[index.long()] + shift[:, None, None])[:, None].to(x.dtype)
+    weight = filters_of(keys, index, scale, shift)[:, None].to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, filters, bias, stride, padding, dilation, groups=x.shape[1])
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])

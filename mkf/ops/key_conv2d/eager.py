@@ -291,8 +291,7 @@ def _differentiable_gradients(
     if x is None:  # then its values do not matter
         x = dy.new_zeros(size)
     stride, padding, dilation, *_ = options
-    index = index.long()
-    filters = scale[:, None, None] * keys[index] + shift[:, None, None]
+    filters = compute.filters_of(keys, index, scale, shift)
     of_filters = any(wanted[1:4])
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
@@ -310,9 +309,9 @@ def _differentiable_gradients(
     d_keys = d_scale = d_shift = None
     if of_filters:
         dw = dw[:, 0].to(filters.dtype)
-        scaled = (scale[:, None, None] * dw).to(keys.dtype)
-        d_keys = torch.zeros_like(keys).index_add(0, index, scaled) if wanted[1] else None
-        d_scale = (dw * keys[index]).sum((1, 2)) if wanted[2] else None
+        if wanted[1]:
+            d_keys = torch.zeros_like(keys).index_add(0, index, (scale[:, None, None] * dw).to(keys.dtype))
+        d_scale = (dw * keys[index.long()]).sum((1, 2)) if wanted[2] else None
         d_shift = dw.sum((1, 2)) if wanted[3] else None
     d_bias = dy.sum((0, 2, 3), dtype=shift.dtype) if wanted[4] else None
     return [dx if wanted[0] else None, d_keys, d_scale, d_shift, d_bias]
