@@ -31,8 +31,9 @@ class Call:
         layout: Of x and all that has its dimensions.
         x_size: Of x.
         size: Of the output.
+        keeps_size: Whether the two are equal.
         options: Stride, padding, dilation, tolerance and backend.
-        guards_of_dy: What the eager backward pass knows its dy by.
+        backward_guards: What the eager backward pass knows dy and x by, as they were before.
     """
 
     kernel: Bound
@@ -44,8 +45,9 @@ class Call:
     layout: torch.memory_format
     x_size: Sequence[int]
     size: Sequence[int]
+    keeps_size: bool
     options: tuple[Any, ...]
-    guards_of_dy: Any = None
+    backward_guards: Any = None
 
 
 _empty_like = torch.empty_like  # looked up once: after a large layer the way to a name costs as much as the call
@@ -95,36 +97,41 @@ def prepare(
     kernel = Bound.of(implementation.load(), x, plan, index, scale, shift, stride, padding, dilation)
     options = stride, padding, dilation, tolerance, backend
     places = scale.data_ptr(), shift.data_ptr(), plan.keys.data_ptr()
-    return Call(kernel, plan, index, scale, shift, places, layout, tuple(x.shape), size, options)
+    return Call(kernel, plan, index, scale, shift, places, layout, tuple(x.shape), size, x.shape == size, options)
 
 
 def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
     """The output for x and bias."""
     x = x.contiguous(memory_format=call.layout)
-    out = _empty(call.size, x, call.layout)
+    out = _empty(call, call.size, x)
     if call.size[0] > 0:
         call.kernel.forward(x, None if bias is None else bias.contiguous(), out)
     return out
 
 
-def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
-    if like.shape == size:
-        return _empty_like(like, memory_format=layout)  # twice as fast, and small layers wait for it
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+def _empty(call: Call, size: Sequence[int], like: Tensor) -> Tensor:
+    if call.keeps_size:
+        return _empty_like(like, memory_format=call.layout)  # twice as fast, and small layers wait for it
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=call.layout)
 
 
-def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients for x, keys, scale, shift and bias; None where none is wanted.
+def arranged(call: Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """dy and x in the layout of the call.
 
     Raises:
         RuntimeError: x is no longer what the output was computed of.
     """
-    if x is not None and (x.shape != call.x_size or x.dtype != dy.dtype):
+    if x is None:
+        return dy.contiguous(memory_format=call.layout), None
+    if x.shape != call.x_size or x.dtype != dy.dtype:
         raise RuntimeError(f"x was {dy.dtype} {call.x_size} in the forward pass, is {x.dtype} {tuple(x.shape)}")
+    return dy.contiguous(memory_format=call.layout), x.contiguous(memory_format=call.layout)
+
+
+def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients for x, keys, scale, shift and bias, None where none is wanted, of dy and x that are `arranged`."""
     x_trains, keys_train, scale_trains, shift_trains, bias_trains = wanted
-    dy = dy.contiguous(memory_format=call.layout)
-    x = None if x is None else x.contiguous(memory_format=call.layout)
-    dx = _empty(call.x_size, dy, call.layout) if x_trains else None
+    dx = _empty(call, call.x_size, dy) if x_trains else None
     d_scale = _empty_like(call.shift) if scale_trains else None
     d_shift = _empty_like(call.shift) if shift_trains else None
     d_bias = _empty_like(call.shift) if bias_trains else None

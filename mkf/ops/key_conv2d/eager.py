@@ -100,16 +100,11 @@ class _Kept(NamedTuple):
     scale: ref[Tensor]
 
 
-KEPT = 256  # calls; the oldest go first
+KEPT = 256  # scales; the oldest go first
+KEPT_OF_EACH = 16  # sizes and layouts of x, with a gradient and without
 
-_Place = tuple[int, torch.Size, bool, bool]
-_kept: dict[_Place, _Kept] = {}
+_kept: dict[int, tuple[_Kept, ...]] = {}  # by the id of the scale, the newest first
 _lock = RLock()  # what goes may call whatever waits for its end
-
-
-def _place(x: Tensor, scale: Tensor) -> _Place:
-    """Where a call is kept: beside those for other sizes and layouts of x, and for x with a gradient or without."""
-    return id(scale), x.shape, x.is_contiguous(), x.requires_grad
 
 
 def find(
@@ -126,23 +121,22 @@ def find(
     Keys and index must hold the values they had, scale and shift, which change as they train, lie where they lay and be
     finite.
     """
-    try:
-        kept = _kept.get(_place(x, scale)) if type(x) in PLAIN else None
-    except RuntimeError:  # x is sparse or nested, and cannot say; to refuse it is left to the checks
+    if type(x) not in PLAIN or x.is_nested:  # the guards of some versions end the process there
         return None
-    if kept is None:
-        return None
-    call, guards, has_bias, kept_options, snapshot, _, _ = kept
-    holds = (
-        options == kept_options
-        and (bias is not None) == has_bias
-        and (
-            guards.check(x, keys, index, scale, shift, bias) if has_bias else guards.check(x, keys, index, scale, shift)
-        )
-        and _holds(snapshot, keys, index, scale, shift)
-        and not _is_unseen_by_guards()
-    )
-    return call if holds else None
+    for call, guards, has_bias, kept_options, snapshot, _, _ in _kept.get(id(scale), ()):
+        if (
+            options == kept_options
+            and (bias is not None) == has_bias
+            and (
+                guards.check(x, keys, index, scale, shift, bias)
+                if has_bias
+                else guards.check(x, keys, index, scale, shift)
+            )
+            and _holds(snapshot, keys, index, scale, shift)
+            and not _is_unseen_by_guards()
+        ):
+            return call
+    return None
 
 
 def keep(
@@ -168,20 +162,24 @@ def keep(
     guards, snapshot = _guards(x, *parameters), _snapshot(keys, index, scale, shift)
     if guards is None or snapshot is None:
         return
-    place = _place(x, scale)
+    place, has_bias = id(scale), bias is not None
     pinned, end = (keys.detach(), index.detach()), ref(scale, lambda _: _kept.pop(place, None))
-    kept = _Kept(call, guards, bias is not None, options, snapshot, pinned, end)
+    kept = _Kept(call, guards, has_bias, options, snapshot, pinned, end)
     with _lock:
-        while len(_kept) >= KEPT:
+        others = _kept.get(place, ())
+        while place not in _kept and len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)  # its scale may end at this moment
-        _kept[place] = kept
+        others = [
+            other
+            for other in others
+            if (other.has_bias, other.options) != (has_bias, options) or not other.guards.check(x, *parameters)
+        ]
+        _kept[place] = kept, *others[: KEPT_OF_EACH - 1]
 
 
 def forget(scale: Tensor) -> None:
     """Let go of the calls with this scale: while one refers to it, torch refuses to swap it for another tensor."""
-    with _lock:
-        for place in [place for place in _kept if place[0] == id(scale)]:
-            _kept.pop(place, None)
+    _kept.pop(id(scale), None)
 
 
 def _guards(*tensors: Tensor) -> Any:
@@ -242,13 +240,12 @@ class _KeyConv2d(torch.autograd.Function):
         x, keys, scale, shift = ctx.saved_tensors
         _, x_trains, keys_train, _, scale_trains, shift_trains, bias_trains = ctx.needs_input_grad
         wanted = x_trains, keys_train, scale_trains, shift_trains, bias_trains
-        if (
-            not _is_grad_enabled()
-            and _is_as_always(call, dy)
-            and (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places
-        ):  # else they were replaced or moved, or a hook has stored copies
-            dx, d_keys, *others = compute.gradients(call, dy, x, wanted)
-            return None, dx, d_keys, None, *others
+        if not _is_grad_enabled() and (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places:
+            # Else they were replaced or moved, or a hook has stored copies.
+            arranged = _arranged(call, dy, x)
+            if arranged is not None:
+                dx, d_keys, *others = compute.gradients(call, *arranged, wanted)
+                return None, dx, d_keys, None, *others
         saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
         gradients: Sequence[Tensor | None]
         if _is_grad_enabled() or is_legacy_batchedtensor(dy) or is_transformed():
@@ -261,15 +258,17 @@ class _KeyConv2d(torch.autograd.Function):
         return None, dx, d_keys, None, *others
 
 
-def _is_as_always(call: compute.Call, dy: Tensor) -> bool:
-    """Whether dy is plain and nobody watches; quick where the dy before was."""
-    guards = call.guards_of_dy
-    if guards is None or not guards.check(dy):
-        if is_legacy_batchedtensor(dy) or is_watched() or not are_plain(dy):
-            return False
-        call.guards_of_dy = _guards(dy)
-        return True
-    return not _is_unseen_by_guards()
+def _arranged(call: compute.Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """dy and x as kernels read them, if dy is plain and nobody watches; quick where those before were alike."""
+    given = (dy,) if x is None else (dy, x)
+    if call.backward_guards is not None and call.backward_guards.check(*given):
+        return None if _is_unseen_by_guards() else (dy, x)
+    if is_legacy_batchedtensor(dy) or is_watched() or not are_plain(dy):
+        return None
+    arranged = compute.arranged(call, dy, x)
+    if arranged[0] is dy and arranged[1] is x:
+        call.backward_guards = _guards(*given)
+    return arranged
 
 
 def _differentiable_gradients(

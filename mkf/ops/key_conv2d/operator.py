@@ -46,7 +46,8 @@ def _backward(
     call.layout = layout
     if dy.shape != call.size:
         raise ValueError(f"dy has shape {tuple(dy.shape)}, but the output has {tuple(call.size)}")
-    return tuple(dy.new_empty(0) if t is None else t for t in compute.gradients(call, dy, x, wanted))
+    gradients = compute.gradients(call, *compute.arranged(call, dy, x), wanted)
+    return tuple(dy.new_empty(0) if t is None else t for t in gradients)
 
 
 def _backward_fake(
