@@ -29,6 +29,12 @@ _CACHED = 1 << 30
 _COMPARED = ("sources", "keys", "size", "seeds", "pretrained", "compare")
 """What --compare looks at."""
 
+_TRAINED = ("steps", "rounds", "device")
+"""What only the autoencoder looks at."""
+
+_ELIMINATED = ("candidates", "state")
+"""What only a search with an elimination looks at."""
+
 
 def command(
     context: typer.Context,
@@ -84,9 +90,17 @@ def command(
         from mkf.search.two_rounds import check_rounds
 
         _check(method, objective, model, data)
-        if compare and (others := sorted(_given(context) - set(_COMPARED))):
-            options = ", ".join("--" + name.replace("_", "-") for name in others)
-            raise ValueError(f"--compare prints a table of all methods and takes no {options}")
+        given = _given(context)
+        if compare:
+            _refuse(given - set(_COMPARED), "--compare prints a table of all methods and takes no")
+        else:
+            _refuse(given & {"seeds"}, "one search has one --seed; only --compare takes")
+        if method != "autoencoder":
+            _refuse(given & set(_TRAINED), f"--method {method} trains nothing and takes no")
+            if objective is None:
+                _refuse(given & set(_ELIMINATED), f"--method {method} without --objective eliminates nothing: no")
+        if objective not in ("output", "accuracy"):
+            _refuse(given & {"per_class"}, "only --objective output and accuracy look at images: no")
         if out is not None:
             _outputs.named(out, "--out", ".safetensors")
             _outputs.file(out, "--out")
@@ -142,6 +156,12 @@ def _given(context: typer.Context) -> set[str]:
     """The names of what was typed, not left at its default."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse(options: set[str], reason: str) -> None:
+    """An error if there are any."""
+    if options:
+        raise ValueError(f"{reason} {', '.join('--' + name.replace('_', '-') for name in sorted(options))}")
 
 
 def _check(method: str, objective: str | None, model: Path | None, data: Path | None) -> None:

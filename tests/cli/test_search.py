@@ -160,8 +160,9 @@ def test_what_cannot_be_written_is_refused_before_the_search(bank_dir: Path, out
     assert "this is a folder; name a file" in refused(bank_dir, "--out", bank_dir)
     assert "call it keys.safetensors" in refused(bank_dir, "--out", "keys.txt")
     for option in ("--figures", "--state"):
-        assert "this is a file; name a folder" in refused(bank_dir, "--out", out, option, tmp_path / "file")
-        assert "cannot be made" in refused(bank_dir, "--out", out, option, tmp_path / "file" / "below")
+        words = (bank_dir, "--objective", "residual", "--out", out, option)
+        assert "this is a file; name a folder" in refused(*words, tmp_path / "file")
+        assert "cannot be made" in refused(*words, tmp_path / "file" / "below")
     if Path("/proc/self").is_dir():  # where nobody may make a file, not even root
         assert "the folder /proc cannot be written" in refused(bank_dir, "--out", "/proc/keys.safetensors")
     assert not out.exists()
@@ -173,6 +174,12 @@ def test_options_that_would_not_count_are_refused(bank_dir: Path, out: Path, tmp
     message = refused(bank_dir, "--compare", "--steps", 1, "--seed", 5, "--method", "pca", "--per-class", 100)
     assert message.endswith("takes no --method, --per-class, --seed, --steps")
     assert "which was not asked for" in refused(bank_dir, "--model", tmp_path, "--data", tmp_path, "--out", out)
+    message = refused(bank_dir, "--steps", 5, "--device", "cpu", "--out", out)
+    assert message.endswith("--method clusters trains nothing and takes no --device, --steps")
+    message = refused(bank_dir, "--method", "pca", "--candidates", 20, "--state", tmp_path / "state", "--out", out)
+    assert message.endswith("--method pca without --objective eliminates nothing: no --candidates, --state")
+    assert "look at images: no --per-class" in refused(bank_dir, "--per-class", 5, "--out", out)
+    assert "only --compare takes --seeds" in refused(bank_dir, "--seeds", 5, "--out", out)
     for option in ("--steps", "--candidates", "--per-class"):
         assert run(bank_dir, option, 0, "--out", out).exit_code == 2
     assert run(bank_dir, "--seed", -1, "--out", out).exit_code == 2
