@@ -44,6 +44,24 @@ class TestKeptCalls:
         assert None not in found[0]
         assert all(one is other for one, other in zip(*found, strict=True))
 
+    @pytest.mark.skipif(extension.missing() is not None, reason="calls are kept for what the extension computes")
+    def test_those_that_do_not_hold_any_more_make_room(self):
+        problem = Problem((2, 12, 9, 8), KEYS["centred"])
+
+        def check():
+            out, exact = key_conv2d(*problem.tensors(), padding=3), problem.torch(torch.float64, *problem.tensors())
+            torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
+
+        for key in range(3):
+            problem.index[:] = key
+            check()
+        assert len(eager._kept[id(problem.scale)]) == 1
+        for height in range(5, 5 + 2 * eager.KEPT_OF_EACH):
+            problem.x = noise(1, 12, height, 8)
+            check()
+        kept = [entry.call.x_size[2] for entry in eager._kept[id(problem.scale)]]
+        assert kept == list(range(height, height - eager.KEPT_OF_EACH, -1))
+
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
     def test_an_index_of_any_integers(self, dtype):
         problem = Problem((2, 12, 9, 8), KEYS["centred"])

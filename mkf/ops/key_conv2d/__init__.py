@@ -81,7 +81,7 @@ def key_conv2d(
     if not _is_dynamo_compiling():  # which could not trace this; others that look at calls, `find` sees itself
         call = eager.find(x, keys, index, scale, shift, bias, options)
         if call is not None:
-            return eager.run(call, x, keys, index, scale, shift, bias)
+            return eager.run(call, x, keys, scale, shift, bias)
 
     q = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
     if _is_onnx_export():
@@ -97,7 +97,7 @@ def key_conv2d(
         call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
         if all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
             eager.keep(call, *tensors, options)
-        out = eager.run(call, *tensors)
+        out = eager.run(call, tensors[0], tensors[1], *wide)
     elif eager.is_transformed():
         out = compute.written_out(*tensors, *geometry)
     else:

@@ -116,7 +116,7 @@ def _empty(call: Call, size: Sequence[int], like: Tensor) -> Tensor:
 
 
 def arranged(call: Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """dy and x in the layout of the call.
+    """What kernels read of dy and x: these in the layout of the call.
 
     Raises:
         RuntimeError: x is no longer what the output was computed of.

@@ -60,9 +60,7 @@ def are_plain(*tensors: Any) -> bool:
     )
 
 
-def run(
-    call: compute.Call, x: Tensor, keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None
-) -> Tensor:
+def run(call: compute.Call, x: Tensor, keys: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
     """The output of a prepared call, with derivatives."""
     if _is_grad_enabled() and (
         x.requires_grad
@@ -71,7 +69,7 @@ def run(
         or keys.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        out: Tensor = _KeyConv2d.apply(call, x, keys, index, scale, shift, bias)
+        out: Tensor = _KeyConv2d.apply(call, x, keys, scale, shift, bias)
         return out
     return compute.forward(call, x, bias)
 
@@ -166,14 +164,13 @@ def keep(
     pinned, end = (keys.detach(), index.detach()), ref(scale, lambda _: _kept.pop(place, None))
     kept = _Kept(call, guards, has_bias, options, snapshot, pinned, end)
     with _lock:
-        others = _kept.get(place, ())
-        while place not in _kept and len(_kept) >= KEPT:
-            _kept.pop(next(iter(_kept)), None)  # its scale may end at this moment
         others = [
             other
-            for other in others
+            for other in _kept.get(place, ())
             if (other.has_bias, other.options) != (has_bias, options) or not other.guards.check(x, *parameters)
         ]
+        while place not in _kept and len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)), None)  # its scale may end at this moment
         _kept[place] = kept, *others[: KEPT_OF_EACH - 1]
 
 
@@ -219,16 +216,9 @@ def _holds(snapshot: Any, keys: Tensor, index: Tensor, scale: Tensor, shift: Ten
 class _KeyConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        call: compute.Call,
-        x: Tensor,
-        keys: Tensor,
-        index: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor | None,
+        ctx: Any, call: compute.Call, x: Tensor, keys: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None
     ) -> Tensor:
-        _, _, keys_train, _, scale_trains, shift_trains, _ = ctx.needs_input_grad
+        _, _, keys_train, scale_trains, shift_trains, _ = ctx.needs_input_grad
         ctx.call = call
         x_needed = keys_train or scale_trains or shift_trains
         ctx.save_for_backward(x if x_needed else None, keys if keys_train else None, scale, shift)
@@ -238,14 +228,12 @@ class _KeyConv2d(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call: compute.Call = ctx.call
         x, keys, scale, shift = ctx.saved_tensors
-        _, x_trains, keys_train, _, scale_trains, shift_trains, bias_trains = ctx.needs_input_grad
-        wanted = x_trains, keys_train, scale_trains, shift_trains, bias_trains
+        wanted = ctx.needs_input_grad[1:]
         if not _is_grad_enabled() and (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places:
             # Else they were replaced or moved, or a hook has stored copies.
             arranged = _arranged(call, dy, x)
             if arranged is not None:
-                dx, d_keys, *others = compute.gradients(call, *arranged, wanted)
-                return None, dx, d_keys, None, *others
+                return None, *compute.gradients(call, *arranged, wanted)
         saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
         gradients: Sequence[Tensor | None]
         if _is_grad_enabled() or is_legacy_batchedtensor(dy) or is_transformed():
@@ -254,12 +242,11 @@ class _KeyConv2d(torch.autograd.Function):
         else:
             gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, call.x_size, *call.options)
             gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
-        dx, d_keys, *others = gradients
-        return None, dx, d_keys, None, *others
+        return None, *gradients
 
 
 def _arranged(call: compute.Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """dy and x as kernels read them, if dy is plain and nobody watches; quick where those before were alike."""
+    """What kernels read of dy and x, if dy is plain and nobody watches; quick where those before were alike."""
     given = (dy,) if x is None else (dy, x)
     if call.backward_guards is not None and call.backward_guards.check(*given):
         return None if _is_unseen_by_guards() else (dy, x)
