@@ -28,6 +28,8 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", *TUNING, *QUIET],
 }
 GPU_ARCHITECTURES = ("80", "90", "100")
+# Kernels that rank filters must find the same bits for a filter in each of their forms: only fmaf() is one.
+CUDA_FLAGS = {"affine_fit": ["-fmad=false"]}  # by folder
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -112,9 +114,9 @@ class BuildNative(build_ext):
         for source in sorted(Path("csrc").rglob("*.cu")):
             target = Path(self.build_temp, source).with_suffix(".cuda.o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden", *CUDA_FLAGS.get(source.parent.name, [])]
             self.spawn_nvcc(
-                [nvcc, "-O3", "-std=c++17", "--threads", "0", *host, *targets, "-c", str(source), "-o", str(target)]
+                [nvcc, "-O3", "-std=c++17", "--threads", "0", *flags, *targets, "-c", str(source), "-o", str(target)]
             )
             objects.append(str(target))
         return objects

@@ -26,6 +26,9 @@ def values_of(tensor: Tensor) -> Hashable:
     return object() if tensor.is_inference() else (tensor.device, tensor.data_ptr(), tensor._version)
 
 
+_Last = tuple[Hashable, T, Tensor | None]  # the values of a tensor, what follows from them, and it, if on a GPU
+
+
 class Derived(Generic[T]):
     """A function of a small tensor that is called again only for other values, as `values_of` tells them.
 
@@ -39,8 +42,8 @@ class Derived(Generic[T]):
     def __init__(self, function: Callable[..., T], size: int = 256) -> None:
         self.function = function
         self.size = size
-        self._last: dict[Hashable, tuple[Hashable, T]] = {}  # by place, so that bytes need not be hashed
-        self._known: dict[Hashable, tuple[T, Tensor | None]] = {}
+        self._last: dict[Hashable, _Last[T]] = {}  # by place, so that bytes need not be hashed
+        self._known: dict[Hashable, tuple[T]] = {}
         self._lock = RLock()  # what goes may call whatever waits for its end
 
     def __call__(self, tensor: Tensor, *arguments: Hashable) -> T:
@@ -49,32 +52,39 @@ class Derived(Generic[T]):
         Raises:
             RuntimeError: The tensor is new, on a GPU, and a CUDA graph is being captured, where nothing can be read.
         """
-        if not tensor.is_cpu:
-            identity = values_of(tensor), tensor.shape, tensor.stride(), tensor.dtype, arguments
-            return self._look_up(identity, tensor, arguments)
-        tensor = tensor.resolve_neg().contiguous()
-        values = values_of(tensor)
-        place = (tensor.data_ptr(), tensor.shape, tensor.dtype, arguments)
+        if tensor.is_cpu:
+            tensor = tensor.resolve_neg().contiguous()
+            values = values_of(tensor)
+            place: Hashable = tensor.data_ptr(), tensor.shape, tensor.dtype, arguments
+        else:
+            values = values_of(tensor)
+            place = values, tensor.shape, tensor.stride(), tensor.dtype, arguments
         last = self._last.get(place)
         if last is None or last[0] != values:
-            last = values, self._look_up((values, *place[1:]), tensor, arguments)
+            last = self._look_up(values, tensor, arguments)
             self._put(self._last, place, last)
         return last[1]
 
-    def _look_up(self, identity: Hashable, tensor: Tensor, arguments: tuple[Hashable, ...]) -> T:
+    def _look_up(self, values: Hashable, tensor: Tensor, arguments: tuple[Hashable, ...]) -> _Last[T]:
+        if is_capturing(tensor):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and a tensor whose values must be read is new, was written to or was "
+                "made in inference mode: call once before the capture with one that stays as it is"
+            )
+        seen = values
+        if tensor.is_meta:
+            seen = values, tensor.stride()
+        elif not tensor.is_cpu:
+            # What was written to often holds what it held, as buffers that DDP broadcasts.
+            seen = values_of(tensor.detach().cpu().resolve_neg().contiguous())
+        identity = seen, tensor.shape, tensor.dtype, tensor.device, arguments
         known = self._known.get(identity)
         if known is None:
-            if is_capturing(tensor):
-                raise RuntimeError(
-                    "a CUDA graph is being captured, and a tensor whose values must be read is new or was written to: "
-                    "call once with it before the capture"
-                )
-            # A tensor on a GPU is kept with the result, so that no other one can come to the same address.
             with torch.inference_mode(False):  # a result may outlive it
-                result = self.function(tensor, *arguments)
-            known = result, None if tensor.is_cpu else tensor.detach()
+                known = (self.function(tensor, *arguments),)
             self._put(self._known, identity, known)
-        return known[0]
+        # A tensor on a GPU is kept with the result, so that no other one can come to the same address.
+        return values, known[0], None if tensor.is_cpu else tensor.detach()
 
     def _put(self, results: dict[Hashable, Any], identity: Hashable, result: Any) -> None:
         with self._lock:

@@ -142,7 +142,8 @@ def key_conv2d(
             other=0.0,
         ).to(tl.float32)
         z += centre[None, None, :] * middle
-    z += tl.where(has_box, box[None, None, :] * s, 0.0)
+    # Fused by its name and not by the compiler, which would do so only where it knows that there is a box.
+    z = tl.where(has_box, tl.fma(tl.broadcast_to(box[None, None, :], z.shape), s, z), z)
 
     written = ((row < out_h)[:, None] & (column < out_w)[None, :])[:, :, None] & here[None, None, :]
     place = (
@@ -152,7 +153,8 @@ def key_conv2d(
         + (c.to(tl.int64) * out_c)[None, None, :]
     )
     if wants_out:
-        result = a[None, None, :] * z + tl.where(has_box, b[None, None, :] * s, 0.0)
+        shifted = tl.where(has_box, b[None, None, :] * s, 0.0)
+        result = tl.fma(tl.broadcast_to(a[None, None, :], z.shape), z, shifted)
         if has_bias:
             result += tl.load(bias + c, mask=here, other=0.0)[None, None, :]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=written)

@@ -102,3 +102,21 @@ def test_a_tensor_that_must_not_be_read_is_known_by_its_version(count: Count) ->
     derived(untracked)
     derived(untracked)
     assert count.calls == 4
+
+
+def test_what_is_written_elsewhere_is_read_again_and_may_be_known(count: Count) -> None:
+    class Elsewhere(torch.Tensor):
+        """A tensor on a GPU, as far as anyone can see."""
+
+        is_cpu = False
+
+        def cpu(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    derived = Derived(count)
+    tensor = torch.arange(4.0).as_subclass(Elsewhere)
+    first = derived(tensor)
+    tensor.copy_(torch.arange(4.0))  # as DDP does with buffers
+    assert derived(tensor) is derived(tensor.clone()) is first
+    assert derived(tensor.add_(1)) is not first
+    assert count.calls == 2
