@@ -72,8 +72,11 @@ class ConversionReport:
 
     @property
     def expected_speed_up(self) -> float | None:
-        """Time of the model / its time if only the replaced layers change, by Amdahl's law; None without a batch."""
-        if self.seconds is None:
+        """Time of the model / its time if only the replaced layers change, by Amdahl's law.
+
+        None without a batch, and where layers took longer than their network, as on a machine that is busy.
+        """
+        if self.share is None or self.share >= 1 or self.seconds is None:
             return None
         return self.seconds / (self.seconds - self.saved)
 
@@ -98,9 +101,12 @@ class ConversionReport:
         whole = f"{len(replaced)} of {len(self.layers)} depthwise layers have keys now"
         whole += f" ({sum(layer.filters for layer in replaced)} filters)."
         if self.share is not None:
+            whole += f" They took {100 * self.share:.1f} % of the network's time on this batch; "
+            speed_up = self.expected_speed_up
             whole += (
-                f" They took {100 * self.share:.1f} % of the network's time on this batch; "
-                f"expect it to run {self.expected_speed_up:.2f} times as fast."
+                "so this machine was too busy to tell how fast it will run."
+                if speed_up is None
+                else f"expect it to run {speed_up:.2f} times as fast."
             )
         return "\n".join([*_aligned(rows), whole])
 

@@ -21,7 +21,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]
 
 _RECORD = "_mkf_conversion"  # where a converted model keeps its report, which is pickled and copied with it
-_TURNS = 3  # timings of a layer or a model, of which the fastest counts
+_TURNS = 3  # timings of a layer or a model at least, of which the fastest counts
+_ENOUGH = 0.02  # seconds after which there are no more
 
 
 def convert(
@@ -235,8 +236,9 @@ def _measure(
             layer = new[name].to(x.device).eval()
             if report.seconds is None and (norm := y.float().norm()) > 0:  # of the first run, if there are several
                 report.output_error = float((layer(x) - y).float().norm() / norm)
-            report.seconds = (report.seconds or 0.0) + _seconds(lambda: conv.forward(x), x.device)
-            report.seconds_with_keys = (report.seconds_with_keys or 0.0) + _seconds(lambda: layer(x), x.device)
+            before, after = _seconds((lambda: conv.forward(x), lambda: layer(x)), x.device)
+            report.seconds = (report.seconds or 0.0) + before
+            report.seconds_with_keys = (report.seconds_with_keys or 0.0) + after
 
         return hook
 
@@ -248,23 +250,28 @@ def _measure(
                 hooks.callback(model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True).remove)
             model(*arguments)
         device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
-        return _seconds(lambda: model(*arguments), device)
+        return _seconds((lambda: model(*arguments),), device)[0]
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of a few calls after one to warm up."""
-    run()
-    times = []
-    for _ in range(_TURNS):
-        _wait(device)
-        start = time.perf_counter()
+def _seconds(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The shortest of a few calls of each, which take turns, after one to warm up: others use the machine too."""
+    for run in runs:
         run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    times: list[list[float]] = []
+    while len(times) < _TURNS or sum(map(sum, times)) < _ENOUGH:
+        times.append([_timed(run, device) for run in runs])
+    return [min(each) for each in zip(*times, strict=True)]
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
