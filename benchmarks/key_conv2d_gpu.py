@@ -1,12 +1,13 @@
-"""The key convolution's GPU kernels against a copy of memory and PyTorch's own: `python -m benchmarks.key_conv2d_gpu`.
+"""The key convolution's GPU kernels against a copy and PyTorch's own: `python -m mkf.benchmarks.key_conv2d_gpu`.
 
-Times are CUDA events around many calls on inputs that take turns, so that none finds its input in the cache.
+Times are CUDA events around CUDA graphs, as a small layer takes less than its launch from Python. A graph holds a call
+for each of so many inputs and outputs that none is still in the cache when its turn comes again.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -32,8 +33,14 @@ FORMS = {
 }
 
 
-def plan(terms: tuple[int, ...], tap: bool) -> KeyPlan:
-    """Keys of noise with the given separable terms; their values do not matter here."""
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+
+Candidate = Callable[[Tensor, Tensor, Tensor], object]
+"""Of x, another x and out forward, of dy, x and dx backward; torch's return outputs of their own."""
+
+
+def plan(terms: tuple[int, ...], tap: bool, device: torch.device) -> KeyPlan:
+    """Keys of noise with the given separable terms, which lie on the device; their values do not matter here."""
     count = len(terms)
     columns, rows = torch.randn(2, count, 2, K)
     rank = torch.tensor(terms, dtype=torch.int32)
@@ -47,85 +54,134 @@ def plan(terms: tuple[int, ...], tap: bool) -> KeyPlan:
     keys[rank == 0] = torch.randn(K, K)
     centre = torch.full((count,), K // 2, dtype=torch.int32)
     zero = torch.zeros(count)
-    return KeyPlan(keys, rank == 0, rank, columns, rows, zero, taps, centre, centre, zero.double())
+    return KeyPlan(keys.to(device), rank == 0, rank, columns, rows, zero, taps, centre, centre, zero.double())
 
 
-def seconds(run: Callable[[Tensor], object], inputs: list[Tensor], calls: int = 50) -> float:
-    """Median time of a call over ten runs of `calls`."""
-    turns = cycle(inputs)
+def candidates(
+    form: str, shape: tuple[int, ...], backward: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Candidate]:
+    """What is compared: a copy, mkf's implementations for the device, PyTorch's layouts with and without cuDNN."""
+    generator = torch.Generator(device).manual_seed(0)
+    terms, tap, shifted, blocks = FORMS[form]
+    made, channels = plan(terms, tap, device), shape[1]
+    order = torch.arange(channels, device=device) // 32 % 8
+    index = (order if blocks else order[torch.randperm(channels, device=device, generator=generator)]).int()
+    scale, shift, bias = torch.randn(3, channels, device=device, generator=generator)
+    shift *= shifted
+    sums = tuple(torch.empty(3, channels, device=device))
+    options = (1, 1), (K // 2, K // 2), (1, 1)
+    found: dict[str, Candidate] = {COPY: lambda x, _, out: out.copy_(x)}
+    for implementation in implementations("key_conv2d"):
+        if device.type in implementation.devices and implementation.why_not(device) is None:
+            module, own = implementation.load(), (made, index, scale, shift)
+            found[f"mkf {implementation.name}"] = (
+                partial(_gradients, module.key_conv2d_backward, (*own, *options), sums)
+                if backward
+                else partial(_output, module.key_conv2d, (*own, bias, *options))
+            )
+    weight = (scale[:, None, None] * made.keys[index] + shift[:, None, None])[:, None].to(dtype)
+    for name, layout in LAYOUTS.items():
+        for suffix, cudnn in (("", True), (", without cuDNN", False)):
+            w = weight.contiguous(memory_format=layout)
+            found[f"torch {name}{suffix}"] = (
+                partial(_gradients_of_torch, w, cudnn)
+                if backward
+                else partial(_output_of_torch, w, bias.to(dtype), cudnn)
+            )
+    return found
+
+
+def _output(function: Callable[..., None], arguments: tuple[object, ...], x: Tensor, _: Tensor, out: Tensor) -> Tensor:
+    function(x, *arguments, out)
+    return out
+
+
+def _gradients(
+    function: Callable[..., None],
+    arguments: tuple[object, ...],
+    sums: tuple[Tensor, ...],
+    dy: Tensor,
+    x: Tensor,
+    dx: Tensor,
+) -> Tensor:
+    function(dy, x, *arguments, dx, *sums)
+    return dx
+
+
+def _output_of_torch(w: Tensor, bias: Tensor, cudnn: bool, x: Tensor, *_: Tensor) -> Tensor:
+    with torch.backends.cudnn.flags(enabled=cudnn, benchmark=True):
+        return F.conv2d(x, w, bias, padding=K // 2, groups=len(w))
+
+
+def _gradients_of_torch(w: Tensor, cudnn: bool, dy: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    """The weight is frozen."""
+    with torch.backends.cudnn.flags(enabled=cudnn, benchmark=True):
+        dx: Tensor = torch.ops.aten.convolution_backward(
+            dy, x, w, [len(w)], (1, 1), (K // 2,) * 2, (1, 1), False, (0, 0), len(w), (True, False, True)
+        )[0]
+    return dx
+
+
+def turns(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, device: torch.device, cache: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What candidates are called with, four times as much as a cache of so many bytes holds."""
+    count = max(4, ceil(4 * cache / (torch.Size(shape).numel() * dtype.itemsize)))
+    inputs = [torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
+    return [(x, inputs[(i + count // 2) % count], torch.empty_like(x)) for i, x in enumerate(inputs)]
+
+
+def seconds(run: Candidate, tensors: list[tuple[Tensor, Tensor, Tensor]], calls: int = 100) -> float:
+    """Median time of a call over ten runs of so many, by a graph of one call for each turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, loads and chooses
+        for turn in tensors[:3]:
+            run(*turn)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = [run(*turn) for turn in tensors]  # and kept, so that no output takes another's place
+    replays = max(1, calls // len(tensors))
     times = []
     for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(calls):
-            run(next(turns))
+        for _ in range(replays):
+            graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / calls / 1000)
+        times.append(start.elapsed_time(end) / (replays * len(made)) / 1000)
     return float(sorted(times[2:])[5])
 
 
-def candidates(
-    form: str, shape: tuple[int, ...], backward: bool, dtype: torch.dtype
-) -> dict[str, Callable[[Tensor], object]]:
-    """Functions of x (of dy, if `backward`) that make the output (all gradients)."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    terms, tap, shifted, blocks = FORMS[form]
-    made, channels = plan(terms, tap), shape[1]
-    order = torch.arange(channels, device="cuda") // 32 % 8
-    index = (order if blocks else order[torch.randperm(channels, device="cuda", generator=generator)]).int()
-    scale, shift, bias = torch.randn(3, channels, device="cuda", generator=generator)
-    shift *= shifted
-    x = torch.randn(shape, device="cuda", generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
-    options = (1, 1), (K // 2, K // 2), (1, 1)
-    found: dict[str, Callable[[Tensor], object]] = {COPY: out.copy_}
-    gradients = torch.empty_like(x), *torch.empty(3, channels, device="cuda")
-    for implementation in implementations("key_conv2d"):
-        if implementation.devices == ("cuda",) and implementation.why_not(x.device) is None:
-            module, own = implementation.load(), (made, index, scale, shift)
-            found[f"mkf {implementation.name}"] = (
-                partial(_call, module.key_conv2d_backward, (x, *own, *options, *gradients))
-                if backward
-                else partial(_call, module.key_conv2d, (*own, bias, *options, out))
-            )
-    weight = (scale[:, None, None] * made.keys.cuda()[index] + shift[:, None, None])[:, None].to(dtype)
-    for name, layout in (("NCHW", torch.contiguous_format), ("channels-last", torch.channels_last)):
-        w = weight.contiguous(memory_format=layout)
-        if backward:
-            ready = x.contiguous(memory_format=layout)
-            found[f"torch {name}, weight frozen"] = partial(_gradients, ready, w, layout)
-        else:
-            found[f"torch {name}"] = partial(_forward, w, bias.to(dtype), layout)
-    return found
+def check(found: dict[str, Candidate], tensors: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """See that implementations compute what PyTorch does.
 
-
-def _call(function: Callable[..., object], arguments: tuple[object, ...], x: Tensor) -> object:
-    return function(x, *arguments)
-
-
-def _forward(w: Tensor, bias: Tensor, layout: torch.memory_format, x: Tensor) -> Tensor:
-    assert x.is_contiguous(memory_format=layout)
-    return F.conv2d(x, w, bias, padding=K // 2, groups=len(w))
-
-
-def _gradients(x: Tensor, w: Tensor, layout: torch.memory_format, dy: Tensor) -> object:
-    assert dy.is_contiguous(memory_format=layout)
-    wanted = (True, False, True)
-    gradients: object = torch.ops.aten.convolution_backward(
-        dy, x, w, [len(w)], (1, 1), (K // 2,) * 2, (1, 1), False, (0, 0), len(w), wanted
-    )
-    return gradients
+    Raises:
+        RuntimeError: One does not, by more than its dtype's rounding.
+    """
+    expected = found["torch channels-last"](*tensors[0])
+    assert isinstance(expected, Tensor)
+    for name, run in found.items():
+        if name.startswith("mkf"):
+            got = run(*tensors[0])
+            assert isinstance(got, Tensor)
+            error = (got - expected).float().norm() / expected.float().norm()
+            if not error < 4 * torch.finfo(expected.dtype).eps:
+                raise RuntimeError(f"{name} is off by {error:.1e}, relative to PyTorch's")
 
 
 def run(form: str, shape: tuple[int, ...], backward: bool, dtype: torch.dtype = torch.bfloat16) -> Result:
     """Time all candidates on one problem; ratios are to the copy of x."""
-    found = candidates(form, shape, backward, dtype)
-    last = [
-        torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in "1234"
-    ]
-    first = [x.contiguous() for x in last]
-    times = {name: seconds(call, first if "NCHW" in name else last) for name, call in found.items()}
+    device = torch.device("cuda", torch.cuda.current_device())
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    found = candidates(form, shape, backward, dtype, device)
+    tensors = {name: turns(shape, layout, dtype, device, cache) for name, layout in LAYOUTS.items()}
+    check(found, tensors["channels-last"])
+    times = {
+        name: seconds(call, tensors["NCHW" if "NCHW" in name else "channels-last"]) for name, call in found.items()
+    }
     rows = [Row(name, own, own / times[COPY], own / times[COPY], own / times[COPY]) for name, own in times.items()]
     what = {"operator": "key_conv2d", "form": form, "shape": shape, "backward": backward, "dtype": str(dtype)}
     return Result(what, COPY, rows)
@@ -144,12 +200,12 @@ def main() -> None:
             for shape in SHAPES:
                 result = run(form, shape, backward)
                 results.append(result)
+                write(results, arguments.out)  # each time, so that what ends early loses nothing
                 print("backward" if backward else "forward", form, shape)
                 for row in result.rows:
-                    moved = (3 if backward else 2) * torch.Size(shape).numel() * 2
-                    share = result.row(COPY).seconds / row.seconds * (moved / (2 * torch.Size(shape).numel() * 2))
-                    print(f"    {row.name:32} {row.seconds * 1e6:8.1f} us  {share:6.1%} of the copy's bandwidth")
-    write(results, arguments.out)
+                    moved = 3 if backward and row.name.startswith("mkf") else 2  # of the size of x; a copy moves two
+                    share = moved / 2 * result.row(COPY).seconds / row.seconds
+                    print(f"    {row.name:36} {row.seconds * 1e6:8.1f} us  {share:6.1%} of the copy's bandwidth")
 
 
 if __name__ == "__main__":

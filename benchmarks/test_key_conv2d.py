@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mkf.benchmarks import key_conv2d as suite
-from mkf.benchmarks import models
+from mkf.benchmarks import key_conv2d_gpu, models
 from mkf.benchmarks.peers.key_conv2d import PEERS
+from mkf.kernels import extension
 from mkf.keys import paper8
 
 SMALL = (1, 16, 14)
@@ -26,6 +27,23 @@ def test_variants_of_a_network_agree():
     for name in (models.FROZEN, models.BIAS_ADDED):
         torch.testing.assert_close(made[name](x), made[models.MKF](x), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(made[models.NONE](x), model[0](x))
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason="needs an implementation for the CPU")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("form", list(key_conv2d_gpu.FORMS))
+def test_candidates_of_the_gpu_suite_agree(form, backward):
+    """On the CPU, with its implementations."""
+    cpu, shape = torch.device("cpu"), (2, 64, 9, 9)
+    found = key_conv2d_gpu.candidates(form, shape, backward, torch.float32, cpu)
+    assert [name for name in found if name.startswith("mkf")] == ["mkf native"]
+    x, other, out = key_conv2d_gpu.turns(shape, torch.channels_last, torch.float32, cpu, 1 << 16)[0]
+    key_conv2d_gpu.check(found, [(x, other, out)])
+    expected = found["torch NCHW"](x.contiguous(), other.contiguous(), out)
+    torch.testing.assert_close(found["mkf native"](x, other, out), expected, atol=1e-4, rtol=1e-4)
+    assert found["mkf native"](x, other, out) is out
+    with pytest.raises(RuntimeError, match="mkf native is off by"):
+        key_conv2d_gpu.check(found | {"mkf native": lambda x, *_: x}, [(x, other, out)])
 
 
 def _bench(benchmark, shape, case, mode, dtype, name):

@@ -11,6 +11,7 @@
 
 #include "affine_fit/affine_fit.hpp"
 #include "common/bound_function.hpp"
+#include "common/cuda_versions.hpp"
 #include "common/snapshot.hpp"
 #include "key_conv2d/cuda.hpp"
 #include "key_conv2d/key_conv2d.hpp"
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_native, m) {
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;
+    m.def("cuda_versions", &mkf::cuda_versions, "The driver's newest CUDA and the kernels' own; 13.2 is 13020.");
     m.def(
         "affine_fit_cuda",
         [](std::uintptr_t filters, int dtype, std::int64_t count, std::int64_t stride, std::int64_t row_stride,

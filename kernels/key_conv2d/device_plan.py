@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mkf.kernels.gpu import is_capturing
+from mkf.kernels.gpu import keep_if_captured
 from mkf.kernels.key_conv2d import KeyPlan, Pair
 
 MOST_TERMS = 2  # beyond it k * k taps are as cheap
@@ -45,15 +45,13 @@ def records(plan: KeyPlan) -> Tensor:
 
 
 _records: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-_recorded: list[tuple[Tensor, ...]] = []
 KEPT = 256  # records; the oldest go first
 
 
 def on_device(plan: KeyPlan, index: Tensor) -> tuple[Tensor, Tensor]:
     """`records(plan)`, on the device of a call's index, and the plan's keys, which are there.
 
-    The records are copied the first time: a CUDA graph must not be the first to ask. What a graph reads of a call that
-    is not the caller's stays as long as the process, as the graph may be replayed at any time: a few kB for each call.
+    The records are copied the first time: a CUDA graph must not be the first to ask.
     """
     # Plans that share their columns are the same but for keys that train, which records do not hold.
     identity = id(plan.columns), index.device
@@ -63,6 +61,5 @@ def on_device(plan: KeyPlan, index: Tensor) -> tuple[Tensor, Tensor]:
             del _records[next(iter(_records))]
         known = records(plan).to(index.device), plan.columns  # with it, so that no other tensor gets its identity
         _records[identity] = known
-    if is_capturing(index):
-        _recorded.append((index, known[0], plan.keys))
+    keep_if_captured(index, known[0], plan.keys)
     return known[0], plan.keys

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mkf.kernels.gpu import keep_if_captured
 from mkf.kernels.key_conv2d import KeyPlan, Pair
 
 
@@ -30,6 +31,7 @@ def key_conv2d(
     out: Tensor,
 ) -> None:
     """See `mkf.kernels.key_conv2d`. Uses the keys themselves, whatever the plan's tolerance."""
+    keep_if_captured(index, plan.keys)
     w = weight(plan, index, scale, shift).to(x.dtype)
     b = None if bias is None else bias.to(x.dtype)
     out.copy_(F.conv2d(x, w, b, stride, padding, dilation, groups=len(index)))
@@ -51,6 +53,7 @@ def key_conv2d_backward(
     d_bias: Tensor | None,
 ) -> None:
     """See `mkf.kernels.key_conv2d`. Scale and shift by way of the gradient of the filters."""
+    keep_if_captured(index, plan.keys)
     if dx is not None:
         w = weight(plan, index, scale, shift).to(dy.dtype)
         dx.copy_(_convolution_backward(dy, dx, w, stride, padding, dilation, input_gradient=True))

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mkf import AffineFit, affine_fit
+from mkf.kernels import extension, gpu
 from mkf.kernels.affine_fit import triton as triton_backend
 from mkf.kernels.extension import DTYPES
 from mkf.kernels.registry import implementations
@@ -217,13 +219,30 @@ def test_cuda_leaves_amd_to_triton(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_old_gpus_are_told(backend, monkeypatch):
-    from mkf.kernels import extension
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if backend == "cuda" and (extension.missing() or not extension.native().cuda):
         pytest.skip("built without nvcc")
     assert "7.5" in BACKENDS[backend].why_not(GPU)
+
+
+@pytest.mark.parametrize(("driver", "reason"), [(13020, None), (14000, None), (12080, "serves CUDA 12.8, is too old")])
+def test_drivers_older_than_the_kernels_are_told(driver, reason, monkeypatch):
+    native = SimpleNamespace(cuda=True, cuda_versions=lambda: (driver, 13000))
+    monkeypatch.setattr(extension, "native", lambda: native)
+    monkeypatch.setattr(extension, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu._too_old_driver.cache_clear()
+    told = BACKENDS["cuda"].load().why_not(GPU)
+    gpu._too_old_driver.cache_clear()
+    assert told is None if reason is None else reason in told
+
+
+def test_the_runtime_of_the_kernels_tells_its_version():
+    if extension.missing() or not extension.native().cuda:
+        pytest.skip("built without nvcc")
+    assert extension.native().cuda_versions()[1] >= 12080
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mkf.kernels import extension
+from mkf.kernels import extension, gpu
 from mkf.kernels.extension import DTYPES
-from mkf.kernels.key_conv2d import device_plan, triton
+from mkf.kernels.key_conv2d import device_plan, reference, triton
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.registry import implementations
 from mkf.keys import analytic
@@ -394,13 +394,16 @@ def test_records_of_keys_that_train_are_made_once(monkeypatch):
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
-    monkeypatch.setattr(device_plan, "_recorded", [])
+    monkeypatch.setattr(gpu, "_captured", [])
     case = Case((1, 2, 9, 9), 7, 1, torch.float32, True)
     device_plan.on_device(case.plan, case.index)
-    assert not device_plan._recorded
-    monkeypatch.setattr(device_plan, "is_capturing", lambda tensor: True)
+    assert not gpu._captured
+    monkeypatch.setattr(gpu, "is_capturing", lambda tensor: True)
     read = (case.index, *device_plan.on_device(case.plan, case.index))
-    assert all(kept is tensor for kept, tensor in zip(device_plan._recorded[0], read, strict=True))
+    assert all(kept is tensor for kept, tensor in zip(gpu._captured[0], read, strict=True))
+    case.forward(reference.key_conv2d)
+    case.backward(reference.key_conv2d_backward)
+    assert [[id(t) for t in kept] for kept in gpu._captured[1:]] == [[id(case.index), id(case.plan.keys)]] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mkf.kernels.gpu import keep_if_captured
 from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.key_conv2d.reference import weight_gradient
@@ -144,6 +145,7 @@ def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) 
         # There must be a gradient of every filter; from it scale and shift have theirs too.
         assert x is not None
         keys, index = call.plan.keys, call.index
+        keep_if_captured(index)
         dw = weight_gradient(dy, x, keys.shape[-1], *call.options[:3])
         member = index == torch.arange(len(keys), device=index.device)[:, None]  # a product with it adds up by key
         d_keys = ((member * call.scale) @ dw.flatten(1)).view_as(keys)
