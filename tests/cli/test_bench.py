@@ -44,6 +44,9 @@ def test_bench_conv_writes_table_results_and_figure(tmp_path):
     assert "of the copy" in result.output
     (written,) = json.loads(out.read_text())
     assert written["baseline"] == written["rows"][0]["name"] == "copy"
+    ratio = written["derived"]["times as long as mkf"]["nn.Conv2d, weight frozen"]
+    shown = next(line for line in result.output.splitlines() if "nn.Conv2d, weight frozen" in line)
+    assert f" {ratio:.2f} " in shown
     drawn = figure.read_text()
     assert "nn.Conv2d, weight frozen" in drawn
     assert "geometric mean" in drawn
