@@ -1,8 +1,6 @@
 // The transposition of a square of lanes in registers.
 #pragma once
 
-#include <utility>
-
 #include "unroll.hpp"
 #include "vec.hpp"
 
@@ -52,7 +50,11 @@ MKF_ALWAYS_INLINE static inline void transpose(Vec (&rows)[Vec::width]) {
     });
 #else
     for (int i = 0; i < Vec::width; ++i)
-        for (int j = 0; j < i; ++j) std::swap(rows[i].v[j], rows[j].v[i]);
+        for (int j = 0; j < i; ++j) {
+            const float here = rows[i].v[j];  // clang has no references to lanes, and so no std::swap
+            rows[i].v[j] = rows[j].v[i];
+            rows[j].v[i] = here;
+        }
 #endif
 }
 

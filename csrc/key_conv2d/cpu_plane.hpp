@@ -62,8 +62,8 @@ struct Channels {
 
     template <class Pixel>
     Stored<Pixel> stored() const {
-        if constexpr (std::is_same_v<Pixel, Alternate>) return Halves(second);
-        else return LastLanes(skipped);
+        if constexpr (std::is_same_v<Pixel, Alternate>) return Stored<Pixel>(second);
+        else return Stored<Pixel>(skipped);
     }
 
     // One number of each, out of those of all channels; of NaNs the one that stays one when bfloat16 is made of it.

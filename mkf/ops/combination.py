@@ -67,7 +67,7 @@ class _Piece(NamedTuple):
 
 def _piece(filters: Tensor) -> _Piece:
     f = filters.flatten(1).double()
-    low, high = f.aminmax(dim=1)
+    low, high = f.amin(1), f.amax(1)  # not aminmax, which older versions of torch do not differentiate
     finite = low.isfinite() & high.isfinite()
     live = finite & (low < high)
     size = torch.where(live, torch.maximum(-low, high), 1)
