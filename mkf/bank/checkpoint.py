@@ -1,4 +1,4 @@
-"""Read depthwise filters from checkpoint files, never running what is in them."""
+"""Checkpoint files: read without ever running what is in them, and written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -105,6 +105,27 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         if other is not tensor and (other.dtype != tensor.dtype or not torch.equal(other, tensor)):
             raise _twice(path, _unwrapped(name))
     return plain
+
+
+def write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state dict as a safetensors file, beside its place and moved there, so that no half file is left.
+
+    Who may read the file, the umask decides; what safetensors' own `save_file` writes, its owner alone may.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    # Copies, because a state dict may hold one tensor under two names, which the format refuses.
+    plain = torch.contiguous_format
+    copies = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in state.items()}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(save(copies, dict(metadata)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # gone already where all went well
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:

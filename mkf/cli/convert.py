@@ -60,6 +60,7 @@ def command(
     with user_errors():
         from rich.console import Console
 
+        from mkf.bank.checkpoint import write
         from mkf.bank.compact import KEYS, expand, with_shared_keys
         from mkf.bank.compact import compact as to_compact
         from mkf.keys import KeySet, parse
@@ -93,7 +94,9 @@ def command(
         elif not own_keys:
             state = expand(small)
         written = small if compact else state
-        _save(written, out, {"format": "pt", "keys": f"those of {Path(source).name}" if own_keys else keys or "paper8"})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        told = {"format": "pt", "keys": f"those of {Path(source).name}" if own_keys else keys or "paper8"}
+        write(out, written, told)
         filters = [state[name] for name in state if f"{name.removesuffix('.weight')}.index" in small]
         whole, stored, parts = _bytes(state.values()), _bytes(small.values()), _bytes(filters)
         console.print(
@@ -217,21 +220,6 @@ def _train(config: TrainConfig, console: Any) -> None:
         on_start=lambda top1: console.print(f"before the training  top-1 {top1:.2f} %"),
         on_epoch=lambda r: console.print(f"epoch {r.epoch}/{of}  loss {r.test_loss:.4f}  top-1 {r.top1:.2f} %"),
     )
-
-
-def _save(state: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
-    """Write beside the place and move there, so that no half file is left."""
-    import os
-
-    import torch
-    from safetensors.torch import save_file
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    # Copies, because a state dict may hold one tensor under two names, which the format refuses.
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    save_file(copies, partial, metadata)
-    os.replace(partial, out)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

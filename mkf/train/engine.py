@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mkf.bank.checkpoint import write
 from mkf.train.config import TrainConfig
 from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, loaders
 from mkf.train.model import build_model, find_model
@@ -69,7 +70,7 @@ def train(
     if (out / "last.pt").exists():
         run.load(out / "last.pt")
     else:
-        _save_weights(run.model, out / "initial.safetensors", run.metadata(epochs=0))
+        write(out / "initial.safetensors", run.model.state_dict(), run.metadata(epochs=0))
         if on_start:
             on_start(run.test()[1])
     while len(run.history) < config.epochs:
@@ -79,7 +80,7 @@ def train(
         if on_epoch:
             on_epoch(record)
     metadata = run.metadata(epochs=config.epochs) | {"test_accuracy": f"{run.history[-1].top1:.2f}"}
-    _save_weights(run.tested, out / "model.safetensors", metadata)
+    write(out / "model.safetensors", run.tested.state_dict(), metadata)
     (out / "last.pt").unlink()
     return run.history
 
@@ -293,13 +294,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".partial")
     write(temporary)
     os.replace(temporary, path)
-
-
-def _save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _replace(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def _write_history(history: list[EpochRecord], out: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import mkf
 from mkf.bank import FilterBank
-from mkf.bank.checkpoint import state_dict
+from mkf.bank.checkpoint import state_dict, write
 from mkf.bank.compact import compact, expand
 
 
@@ -225,3 +225,21 @@ def test_what_holds_no_weights(tmp_path: Path) -> None:
         FilterBank.from_checkpoint(tmp_path / "nothing.pth")
     with pytest.raises(IsADirectoryError, match=r"is a folder.*FilterBank\.open"):
         FilterBank.from_checkpoint(tmp_path)
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    path, shared = tmp_path / "net.safetensors", weight()
+    old = os.umask(0o022)
+    try:
+        write(path, {"a.weight": shared, "b.weight": shared}, {"licence": "MIT"})
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert FilterBank.from_checkpoint(path).layers()["licence"].to_pylist() == ["MIT", "MIT"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write(tmp_path / "folder", {"a.weight": weight()}, {})
+    assert os.listdir(tmp_path) == ["folder"]

@@ -63,6 +63,7 @@ def test_command_line_end_to_end(colours: Path, tmp_path: Path) -> None:
         "initial.safetensors",
         "model.safetensors",
     ]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # others read the weights as the history
     (row,) = json.loads((out / "history.json").read_text())
     header, line = (out / "history.csv").read_text().splitlines()
     assert header.split(",") == list(row)
