@@ -7,7 +7,8 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from mkf.bank.compact import expand, is_part
 from mkf.bank.extract import is_depthwise, unshared, without_compiled
 from mkf.bank.schema import KERNEL_SIZES, Layer
+from mkf.keys.storage import FORMAT as KEY_FILE
 
 # Where training scripts put the weights; averaged weights first, since those are what is evaluated and published.
 ENTRIES = ("model_ema", "state_dict_ema", "params_ema", "model", "state_dict", "model_state_dict", "params")
@@ -90,13 +92,8 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
+        with _open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     else:
         tensors = _weights(_load(path), path)[1]
     plain: dict[str, torch.Tensor] = {}
@@ -129,20 +126,30 @@ def write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, 
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    with _open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys(), key=_natural)}
+        wanted = [key for key in shapes if is_depthwise(key, shapes[key]) or is_part(key)]
+        tensors = expand({key: file.get_tensor(key) for key in wanted})
+    return tensors, metadata.get("licence", metadata.get("license", ""))
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open; that it holds keys and no network, or is damaged, is told by its name."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys(), key=_natural)}
-            wanted = [key for key in shapes if is_depthwise(key, shapes[key]) or is_part(key)]
-            tensors = expand({key: file.get_tensor(key) for key in wanted})
+            if (file.metadata() or {}).get("format") == KEY_FILE:
+                raise _keys(path)
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file; it may be truncated: {error}") from error
-    return tensors, metadata.get("licence", metadata.get("license", ""))
 
 
 def _load(path: Path) -> Any:
+    _refuse_other_kinds(path)
     # argparse.Namespace only holds values; timm's training script keeps its arguments in one.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -162,6 +169,26 @@ def _load(path: Path) -> Any:
             raise ValueError(
                 f"{path} is truncated, damaged, or no PyTorch checkpoint of tensors ({type(error).__name__})"
             ) from error
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Say what a file is that is whole but holds no checkpoint."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path} is an array of numpy and no checkpoint: give it to mkf fit")
+    if re.match(rb"(\xef\xbb\xbf)?\s*Filter\s", start):
+        raise _keys(path)
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # what is no archive, or damaged, comes later
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError(
+                f"{path} is a TorchScript program and no checkpoint: save its state_dict, then read that: "
+                "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
+            )
+
+
+def _keys(path: Path) -> ValueError:
+    return ValueError(f"{path} is a key file and no network: give it to --keys")
 
 
 def _weights(checkpoint: Any, path: Path) -> tuple[str, dict[str, torch.Tensor]]:

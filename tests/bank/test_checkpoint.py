@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -199,6 +200,7 @@ def test_a_pickle_that_needs_code_is_refused(
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = saved(tmp_path / "whole.pth", {"c.weight": weight()}).read_bytes()
     contents = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>", "noise": bytes(range(256))}
+    contents["archive"] = b"PK\x03\x04" + bytes(40) + b"PK\x05\x06" + b"\xff" * 18
     contents["plain"] = pickle.dumps({"c.weight": [1.0]})
     for name, content in contents.items():
         (tmp_path / f"{name}.pth").write_bytes(content)
@@ -214,6 +216,21 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, kept: int) -> N
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"net\.safetensors is not a complete safetensors file; it may be truncated"):
         FilterBank.from_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "error:.*looks like a TorchScript")
+@pytest.mark.parametrize("read", [FilterBank.from_checkpoint, state_dict])
+def test_whole_files_of_other_kinds_are_called_what_they_are(data_dir: Path, tmp_path: Path, read: Any) -> None:
+    np.save(tmp_path / "filters.npy", weight()[:, 0].numpy())
+    with pytest.raises(ValueError, match="is an array of numpy and no checkpoint: give it to mkf fit"):
+        read(tmp_path / "filters.npy")
+    mkf.keys.paper8().save(tmp_path / "keys.safetensors")
+    for keys in (tmp_path / "keys.safetensors", data_dir / "keys" / "paper8.txt"):
+        with pytest.raises(ValueError, match="is a key file and no network: give it to --keys"):
+            read(keys)
+    torch.jit.trace(nn.Conv2d(4, 4, 7, groups=4), weight().view(1, 4, 7, 7)).save(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="is a TorchScript program and no checkpoint: save its state_dict"):
+        read(tmp_path / "net.pt")
 
 
 def test_what_holds_no_weights(tmp_path: Path) -> None:
