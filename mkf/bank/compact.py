@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from mkf.bank.extract import is_depthwise
+from mkf.bank.schema import KERNEL_SIZES
 from mkf.ops import AffineFit, affine_fit
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def compact(state: Mapping[str, torch.Tensor], keys: KeySet) -> tuple[dict[str, 
         The compact state dict, and the fit of every layer.
 
     Raises:
-        ValueError: There is no depthwise weight of that size, or one holds NaN or Inf.
+        ValueError: There is no depthwise weight of that size, or one holds NaN, Inf or what float32 cannot hold.
     """
     k = keys.kernel_size
     out: dict[str, torch.Tensor] = {}
@@ -42,13 +44,31 @@ def compact(state: Mapping[str, torch.Tensor], keys: KeySet) -> tuple[dict[str, 
             out[name] = tensor
             continue
         layer = name.removesuffix(".weight")
-        fit = fits[layer] = affine_fit(tensor[:, 0].float(), keys)
+        filters = tensor[:, 0].float()
+        if (filters.isinf() & tensor[:, 0].isfinite()).any():
+            largest = tensor[tensor.isfinite()].abs().max()
+            raise ValueError(
+                f"{name} holds {tensor.dtype} with values up to {largest:.3g}, beyond the range of float32, in which "
+                "filters are fitted: scale them down"
+            )
+        fit = fits[layer] = affine_fit(filters, keys)
         if bad := int((fit.index < 0).sum()):
             raise ValueError(f"{name} holds {bad} filters with NaN or Inf: no key fits them")
         out |= {f"{layer}.index": fit.index.to(torch.uint8), f"{layer}.scale": fit.scale, f"{layer}.shift": fit.shift}
     if not fits:
-        raise ValueError(f"there is no depthwise weight (C, 1, {k}, {k}) with C > 1 to convert")
+        raise ValueError(f"there is no depthwise weight (C, 1, {k}, {k}) with C > 1 to convert{_other_sizes(state)}")
     return out | {KEYS: keys.filters}, fits
+
+
+def _other_sizes(state: Mapping[str, torch.Tensor]) -> str:
+    """The depthwise sizes that there are, and which keys fit the most frequent one that keys can have."""
+    sizes = Counter(tuple(tensor.shape[2:]) for name, tensor in state.items() if is_depthwise(name, tensor.shape))
+    if not sizes:
+        return ""
+    fitting = [height for (height, width), _ in sizes.most_common() if height == width and height in KERNEL_SIZES]
+    found = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+    advice = f": choose keys of that size, as --keys analytic:B:{fitting[0]}" if fitting else ""
+    return f"; there are some of {found}{advice}"
 
 
 def with_shared_keys(state: Mapping[str, torch.Tensor], keys: KeySet) -> dict[str, torch.Tensor]:

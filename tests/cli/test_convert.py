@@ -155,6 +155,25 @@ def test_compact_round_trip_and_its_errors() -> None:
         expand(small | {"a.index": torch.empty(0, dtype=torch.uint8)})
 
 
+def test_sizes_without_keys_are_named(tmp_path: Path) -> None:
+    shapes = {"a": (4, 1, 3, 3), "b": (4, 1, 5, 5), "c": (4, 1, 5, 5), "d": (4, 1, 1, 9), "dense": (4, 4, 7, 7)}
+    torch.save({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "net.pth")
+    code, _, stderr = run(tmp_path / "net.pth", "--out", tmp_path / "keys.safetensors")
+    assert code == 1
+    assert "no depthwise weight (C, 1, 7, 7) with C > 1 to convert; there are some of 1x9, 3x3, 5x5" in stderr
+    assert "choose keys of that size, as --keys analytic:B:5" in stderr
+    with pytest.raises(ValueError, match=r"there are some of 1x9$"):
+        compact({"d.weight": torch.randn(shapes["d"])}, mkf.keys.paper8())
+
+
+def test_values_beyond_float32_are_called_that() -> None:
+    filters = torch.randn(6, 1, 7, 7, dtype=torch.float64)
+    filters[2, 0, 0, 0] = -1e300
+    filters[3] = float("nan")
+    with pytest.raises(ValueError, match=r"holds torch.float64 with values up to 1e\+300, beyond the range of float32"):
+        compact({"a.weight": filters}, mkf.keys.paper8())
+
+
 def test_state_of_a_converted_model_is_read_too(tmp_path: Path) -> None:
     model = mkf.convert(timm.create_model("convnext_atto", num_classes=5, **TINY), mkf.keys.paper8())
     save_file(model.state_dict(), tmp_path / "keyed.safetensors")
