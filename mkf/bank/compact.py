@@ -71,15 +71,26 @@ def _other_sizes(state: Mapping[str, torch.Tensor]) -> str:
     return f"; there are some of {found}{advice}"
 
 
-def with_shared_keys(state: Mapping[str, torch.Tensor], keys: KeySet) -> dict[str, torch.Tensor]:
-    """The compact state dict of a model whose `KeyConv2d` layers all have these keys; nothing is fitted again."""
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        layer, _, part = name.rpartition(".")
-        has_keys = all(f"{layer}.{other}" in state for other in PARTS)
-        if not (has_keys and part == "keys"):
-            out[name] = tensor.to(torch.uint8) if has_keys and part == "index" else tensor
-    return out | {KEYS: keys.filters}
+def layers_with_keys(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The layers whose filters are kept as index, scale and shift: by `compact`, or as the state of a `KeyConv2d`."""
+    layers = [name.removesuffix(".index") for name in state if name.endswith(".index")]
+    return [layer for layer in layers if f"{layer}.scale" in state and f"{layer}.shift" in state]
+
+
+def with_shared_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The compact state dict of a model with `KeyConv2d` layers; nothing is fitted again.
+
+    Keys that all of them have are kept once; where they differ, as keys that were trained do, each layer keeps its own.
+    """
+    layers = layers_with_keys(state)
+    indices, own = ({f"{layer}.{part}" for layer in layers} for part in ("index", "keys"))
+    keys = [state[name] for name in own if name in state]
+    if KEYS in state or not all(torch.equal(keys[0], others) for others in keys):
+        own, keys = set(), []
+    out = {
+        name: tensor.to(torch.uint8) if name in indices else tensor for name, tensor in state.items() if name not in own
+    }
+    return out | ({KEYS: keys[0]} if keys else {})
 
 
 def is_part(name: str) -> bool:
@@ -97,10 +108,7 @@ def expand(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: A layer has no keys, no index, or one that is none of theirs.
     """
-    layers = [name.removesuffix(".index") for name in state if name.endswith(".index")]
-    weights = {
-        layer: _weight(layer, state) for layer in layers if f"{layer}.scale" in state and f"{layer}.shift" in state
-    }
+    weights = {layer: _weight(layer, state) for layer in layers_with_keys(state)}
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")

@@ -23,7 +23,7 @@ def command(
         str | None,
         typer.Option(
             metavar="paper8|analytic:B|FILE",
-            help="The keys: paper8, or those of a --compact network, whose filters then stay.",
+            help="The keys: paper8, or those the network has already, whose filters then stay.",
             show_default=False,
         ),
     ] = None,
@@ -61,16 +61,16 @@ def command(
         from rich.console import Console
 
         from mkf.bank.checkpoint import write
-        from mkf.bank.compact import KEYS, expand, with_shared_keys
         from mkf.bank.compact import compact as to_compact
-        from mkf.keys import KeySet, parse
+        from mkf.bank.compact import expand, layers_with_keys, with_shared_keys
+        from mkf.keys import parse
 
         console = Console(highlight=False)
         _outputs.named(out, "--out", ".safetensors")
         if finetune is None and (model is not None or image_size is not None):
             raise ValueError("--model and --image-size go with --finetune")
         _outputs.not_an_input(out, "--out", source, *([keys] if keys else []))
-        given = parse(keys or "paper8")  # wrong keys are told before anything is read or trained
+        key_set = parse(keys or "paper8")  # wrong keys are told before anything is read or trained
         config = None
         if finetune is not None:
             run = out.with_suffix(".finetuned")
@@ -78,20 +78,21 @@ def command(
                 source, pretrained, keys or "paper8", finetune, run, model, epochs, lr, batch_size, image_size
             )
         weights = _weights(source, pretrained)
-        own_keys = keys is None and KEYS in weights
+        own_keys = layers_with_keys(weights) if keys is None else []
         if own_keys and config is not None:
             raise ValueError(f"{source} has keys of its own, and --finetune has to know which: name them with --keys")
-        key_set = KeySet(weights[KEYS]) if own_keys else given
-        state = expand(weights)
-        small, fits = to_compact(state, key_set)
-        _print_layers(fits, len(key_set), console)
-        _print_left_alone(state, fits, console)
-        if config is not None:
-            _print_free(config, console)
-            _train(config, console)
-            small = with_shared_keys(_weights(str(run / "model.safetensors"), False), key_set)
-            state = expand(small)
-        elif not own_keys:
+        if own_keys:
+            small, state = with_shared_keys(weights), expand(weights)
+            console.print(f"Filters of {len(own_keys)} layers are keys already and stay; --keys would fit them anew.")
+        else:
+            state = expand(weights)
+            small, fits = to_compact(state, key_set)
+            _print_layers(fits, len(key_set), console)
+            _print_left_alone(state, fits, console)
+            if config is not None:
+                _print_free(config, console)
+                _train(config, console)
+                small = with_shared_keys(_weights(str(run / "model.safetensors"), False))
             state = expand(small)
         written = small if compact else state
         out.parent.mkdir(parents=True, exist_ok=True)

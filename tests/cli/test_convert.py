@@ -120,6 +120,31 @@ def test_a_compact_network_keeps_its_keys(checkpoint: Path, tmp_path: Path) -> N
     assert "name them with --keys" in stderr
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_network_trained_with_keys_keeps_them(tmp_path: Path, trained: bool) -> None:
+    model = mkf.convert(timm.create_model("convnext_atto", num_classes=5, **TINY), mkf.keys.analytic("B"))
+    layers = [module for module in model.modules() if isinstance(module, mkf.KeyConv2d)]
+    if trained:  # the keys of each layer are then their own, and of no norm
+        for i, layer in enumerate(layers):
+            layer.keys += i
+    torch.save(model.state_dict(), tmp_path / "keyed.pth")
+    expected = mkf.restore(model).state_dict()
+    ordinary, small = tmp_path / "ordinary.safetensors", tmp_path / "small.safetensors"
+    for out, more in ((ordinary, []), (small, ["--compact"])):
+        code, stdout, stderr = run(tmp_path / "keyed.pth", "--out", out, *more)
+        assert code == 0, stderr
+        assert "Filters of 5 layers are keys already and stay; --keys would fit them anew. 104 filters in 5" in stdout
+    written, stored = load_file(ordinary), load_file(small)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expand(stored).items())
+    assert stored["stages.0.blocks.0.conv_dw.index"].dtype == torch.uint8
+    assert (KEYS in stored) is not trained
+    assert run(tmp_path / "keyed.pth", "--out", ordinary, "--keys", "paper8")[0] == 0
+    name = "stages.0.blocks.0.conv_dw.weight"
+    assert mkf.affine_fit(load_file(ordinary)[name][:, 0], mkf.keys.paper8()).residual.max() < 1e-4
+
+
 def test_what_is_left_alone_is_named(tmp_path: Path) -> None:
     path, out = tmp_path / "net.pth", tmp_path / "keys.safetensors"
     weights = {f"blocks.{i}.weight": torch.randn(4, 1, k, k) for i, k in enumerate((7, 5, 3, 5))}
