@@ -104,6 +104,20 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return plain
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file tells of itself; other checkpoints tell nothing.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        return {}
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
 def write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a state dict as a safetensors file, beside its place and moved there, so that no half file is left.
 

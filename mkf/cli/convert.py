@@ -60,7 +60,7 @@ def command(
     with user_errors():
         from rich.console import Console
 
-        from mkf.bank.checkpoint import write
+        from mkf.bank.checkpoint import metadata, stored_state_dict, write
         from mkf.bank.compact import compact as to_compact
         from mkf.bank.compact import expand, layers_with_keys, with_shared_keys
         from mkf.keys import parse
@@ -77,14 +77,17 @@ def command(
             config = _training(
                 source, pretrained, keys or "paper8", finetune, run, model, epochs, lr, batch_size, image_size
             )
-        weights = _weights(source, pretrained)
+        weights, told = _network(source, pretrained)
         own_keys = layers_with_keys(weights) if keys is None else []
         if own_keys and config is not None:
             raise ValueError(f"{source} has keys of its own, and --finetune has to know which: name them with --keys")
         if own_keys:
             small, state = with_shared_keys(weights), expand(weights)
+            told = {"keys": f"those of {Path(source).name}"} | told
             console.print(f"Filters of {len(own_keys)} layers are keys already and stay; --keys would fit them anew.")
         else:
+            told |= {"keys": keys or "paper8"}
+            told.pop("test_accuracy", None)  # of other filters
             state = expand(weights)
             small, fits = to_compact(state, key_set)
             _print_layers(fits, len(key_set), console)
@@ -92,12 +95,12 @@ def command(
             if config is not None:
                 _print_free(config, console)
                 _train(config, console)
-                small = with_shared_keys(_weights(str(run / "model.safetensors"), False))
+                trained = run / "model.safetensors"
+                small, told = with_shared_keys(stored_state_dict(trained)), told | metadata(trained)
             state = expand(small)
         written = small if compact else state
         out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"format": "pt", "keys": f"those of {Path(source).name}" if own_keys else keys or "paper8"}
-        write(out, written, told)
+        write(out, written, told | {"format": "pt"})
         filters = [state[name] for name in state if f"{name.removesuffix('.weight')}.index" in small]
         whole, stored, parts = _bytes(state.values()), _bytes(small.values()), _bytes(filters)
         console.print(
@@ -107,14 +110,26 @@ def command(
         console.print(f"Written to {out}: {out.stat().st_size:,} bytes", soft_wrap=True)
 
 
-def _weights(source: str, pretrained: bool) -> dict[str, Any]:
-    """The state dict of a checkpoint file, which may be compact, or of a model of timm."""
-    from mkf.bank.checkpoint import SUFFIXES, stored_state_dict
+def _network(source: str, pretrained: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """State dict and metadata of a checkpoint file, which may be compact, or of a model of timm.
+
+    The metadata are those of `mkf train`, as far as they are known: with them a file can be trained without --model.
+    """
+    import json
+
+    from mkf.bank.checkpoint import SUFFIXES, metadata, stored_state_dict
     from mkf.bank.hub import create
 
     if Path(source).expanduser().exists() or source.endswith(SUFFIXES):
-        return stored_state_dict(source)
-    return dict(create(source, pretrained).model.state_dict())
+        return stored_state_dict(source), metadata(source)
+    created: Any = create(source, pretrained)
+    config = created.model.pretrained_cfg
+    return dict(created.model.state_dict()), {
+        "model": config["architecture"],
+        "model_kwargs": json.dumps({"num_classes": created.model.num_classes}),
+        "image_size": str(config["input_size"][-1]),
+        "licence": created.licence,
+    }
 
 
 def _print_layers(fits: dict[str, AffineFit], keys: int, console: Any) -> None:
@@ -172,8 +187,7 @@ def _training(
     """How to train the converted network, whose run goes to the folder `run`."""
     import json
 
-    from safetensors import safe_open
-
+    from mkf.bank.checkpoint import metadata
     from mkf.train import TrainConfig
 
     if not data.is_dir():
@@ -187,16 +201,13 @@ def _training(
     elif model is not None:
         told |= {"model": model, "weights": str(path)}
     else:
-        metadata: dict[str, str] = {}
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        if "model_kwargs" not in metadata:
+        known = metadata(path)
+        if "model_kwargs" not in known:
             raise ValueError(f"{source} does not say which network it is: name it with --model")
-        kwargs = json.loads(metadata["model_kwargs"])
+        kwargs = json.loads(known["model_kwargs"])
         kwargs.pop("num_classes")
-        told |= {"model": metadata["model"], "model_kwargs": kwargs, "weights": str(path)}
-        image_size = image_size or int(metadata["image_size"])
+        told |= {"model": known["model"], "model_kwargs": kwargs, "weights": str(path)}
+        image_size = image_size or int(known["image_size"])
     return TrainConfig(
         **told,
         data=str(data),

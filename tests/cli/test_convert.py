@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mkf
+from mkf.bank.checkpoint import metadata
 from mkf.bank.compact import KEYS, compact, expand
 from mkf.cli import app
 
@@ -64,6 +65,8 @@ def test_name_of_timm(tmp_path: Path) -> None:
     assert code == 0, stderr
     assert "stages.2.blocks.5.conv_dw" in stdout
     timm.create_model("convnextv2_atto").load_state_dict(load_file(out))
+    told = {"model": "convnextv2_atto", "model_kwargs": '{"num_classes": 1000}', "image_size": "224", "licence": ""}
+    assert metadata(out) == told | {"keys": "analytic:B", "format": "pt"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,17 @@ def test_a_network_trained_with_keys_keeps_them(tmp_path: Path, trained: bool) -
     assert run(tmp_path / "keyed.pth", "--out", ordinary, "--keys", "paper8")[0] == 0
     name = "stages.0.blocks.0.conv_dw.weight"
     assert mkf.affine_fit(load_file(ordinary)[name][:, 0], mkf.keys.paper8()).residual.max() < 1e-4
+
+
+def test_what_the_source_tells_of_itself_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    told = {"model": "convnext_atto", "model_kwargs": "{}", "licence": "MIT", "keys": "", "test_accuracy": "80.00"}
+    source, out, again = (tmp_path / f"{name}.safetensors" for name in ("source", "out", "again"))
+    save_file(load_file(checkpoint), source, told)
+    assert run(source, "--out", out, "--keys", "analytic:B", "--compact")[0] == 0
+    told.pop("test_accuracy")
+    assert metadata(out) == told | {"keys": "analytic:B", "format": "pt"}
+    assert run(out, "--out", again)[0] == 0
+    assert metadata(again) == metadata(out)
 
 
 def test_what_is_left_alone_is_named(tmp_path: Path) -> None:

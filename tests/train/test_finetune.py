@@ -44,6 +44,10 @@ def test_finetune_trains_the_converted_network(colours: Path, tmp_path: Path) ->
     bank = mkf.FilterBank.from_checkpoint(out)
     assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
     assert "free filters" not in stdout
+    more = ["--keys", "analytic:A:3", "--out", tmp_path / "more.safetensors", "--finetune", colours, *options[6:]]
+    code, _, stderr = run("convert", out, *more)  # the file tells which network it is
+    assert code == 0, stderr
+    assert mkf.train.load_weights(tmp_path / "more.safetensors")[1]["keys"] == "analytic:A:3"
     code, _, stderr = run("convert", tmp_path / "run" / "model.safetensors", *options)
     assert code == 1
     assert "holds the training of an earlier --finetune: delete it or choose another --out" in stderr
