@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+from safetensors import SafetensorError
 
 from mkf.kernels.registry import BackendError
 
@@ -16,7 +17,7 @@ def user_errors() -> Iterator[None]:
         warnings.simplefilter("default")
         try:
             yield
-        except (ValueError, TypeError, OSError, ImportError, BackendError) as error:
+        except (ValueError, TypeError, OSError, ImportError, BackendError, SafetensorError) as error:
             _print_notes(caught)
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs
+from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -58,14 +59,12 @@ def command(
     The file loads wherever the original did, unless it is --compact.
     """
     with user_errors():
-        from rich.console import Console
-
         from mkf.bank.checkpoint import metadata, stored_state_dict, write
         from mkf.bank.compact import compact as to_compact
         from mkf.bank.compact import expand, layers_with_keys, with_shared_keys
         from mkf.keys import parse
 
-        console = Console(highlight=False)
+        console = stdout()
         _outputs.named(out, "--out", ".safetensors")
         if finetune is None and (model is not None or image_size is not None):
             raise ValueError("--model and --image-size go with --finetune")
@@ -77,6 +76,7 @@ def command(
             config = _training(
                 source, pretrained, keys or "paper8", finetune, run, model, epochs, lr, batch_size, image_size
             )
+        _outputs.folder(out.parent, "--out")
         weights, told = _network(source, pretrained)
         own_keys = layers_with_keys(weights) if keys is None else []
         if own_keys and config is not None:
@@ -99,7 +99,6 @@ def command(
                 small, told = with_shared_keys(stored_state_dict(trained)), told | metadata(trained)
             state = expand(small)
         written = small if compact else state
-        out.parent.mkdir(parents=True, exist_ok=True)
         write(out, written, told | {"format": "pt"})
         filters = [state[name] for name in state if f"{name.removesuffix('.weight')}.index" in small]
         whole, stored, parts = _bytes(state.values()), _bytes(small.values()), _bytes(filters)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
 from mkf.cli._errors import user_errors
 from mkf.train import TrainConfig
 
@@ -62,6 +63,7 @@ def command(
 
         options |= {"data": str(data), "out": str(out), "model_kwargs": _parse_kwargs(model_kwargs or [])}
         config = TrainConfig(**options)
+        _outputs.folder(out, "--out")
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("reading", total=None)
 

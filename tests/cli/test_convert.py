@@ -90,6 +90,24 @@ def test_errors_are_one_line(words: list[str], message: str, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_unwritable_out_is_told_before_the_network_is_read(tmp_path: Path) -> None:
+    code, stdout, stderr = run("nothing.pth", "--out", "/proc/zz/keys.safetensors")
+    assert (code, stdout) == (1, "")
+    assert stderr == "error: --out /proc/zz: the folder cannot be made (No such file or directory)"
+    (tmp_path / "file").write_text("")
+    assert "this is a file; name a folder" in run("nothing.pth", "--out", tmp_path / "file" / "keys.safetensors")[2]
+
+
+def test_names_with_brackets_are_no_markup(tmp_path: Path) -> None:
+    weights = {f"[/{i}]blocks[red].weight": torch.randn(4, 1, k, k) for i, k in enumerate((7, 5))}
+    torch.save(weights, tmp_path / "net.pth")
+    code, stdout, stderr = run(tmp_path / "net.pth", "--out", tmp_path / "[bold]keys.safetensors")
+    assert code == 0, stderr
+    assert "[/0]blocks[red] 4" in stdout
+    assert "Left alone, 5x5 unlike the keys: [/1]blocks[red]" in stdout
+    assert f"Written to {tmp_path}/[bold]keys.safetensors" in stdout
+
+
 def test_the_network_itself_is_not_overwritten(checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
     code, _, stderr = run(checkpoint, "--out", checkpoint.parent / ".." / checkpoint.parent.name / checkpoint.name)

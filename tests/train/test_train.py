@@ -5,6 +5,7 @@ import shlex
 from dataclasses import asdict, fields, replace
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -230,7 +231,8 @@ def test_command_line_and_configuration_have_the_same_options() -> None:
 def test_recorded_command_repeats_the_recipe(lr: float, **options: Any) -> None:
     config = TrainConfig(model="m", data="set", out="OUT", lr=lr, model_kwargs=options.pop("kwargs"), **options)
     captured: list[TrainConfig] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setattr("mkf.train.train", lambda config, *_: captured.append(config))
         result = CliRunner().invoke(app, shlex.split(config.command())[1:])
     assert result.exit_code == 0, result.stderr
@@ -289,8 +291,9 @@ def test_user_errors(colours: Path, tmp_path: Path, words: list[str], message: s
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_unwritable_out(colours: Path, tmp_path: Path) -> None:
+def test_unwritable_out_is_told_before_the_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code, _, stderr = cli(colours, tmp_path / "file")
+    code, _, stderr = cli(tmp_path / "no data", tmp_path / "file")
     assert code == 1
-    assert "file" in stderr
+    assert "--out" in stderr
+    assert "this is a file; name a folder" in stderr
