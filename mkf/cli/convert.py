@@ -188,9 +188,9 @@ def _training(
 
     from mkf.bank.checkpoint import metadata
     from mkf.train import TrainConfig
+    from mkf.train.data import count_classes
 
-    if not data.is_dir():
-        raise FileNotFoundError(f"--finetune {data}: no such folder")
+    count_classes(data)  # wrong data are told first
     if (run / "model.safetensors").exists():
         raise FileExistsError(f"{run} holds the training of an earlier --finetune: delete it or choose another --out")
     told: dict[str, Any] = {"model_kwargs": {}}

@@ -48,7 +48,7 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
         files = _files(Path(folder), splits)
         self.split = files[0].name.split("-")[0]
         for path in files:
-            table = _read(path)
+            table = _read(path, ["image", "label"])
             labels.append(table["label"].to_numpy())
             contents = pc.struct_field(table["image"], "bytes")
             self.images.extend(_decode(value.as_py(), f"{path}, row {row}") for row, value in enumerate(contents))
@@ -80,6 +80,17 @@ class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
         mean = total / pixels
         deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-12))
         return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def count_classes(folder: str | Path) -> int:
+    """One more than the largest label of both splits; no image is read.
+
+    Raises:
+        FileNotFoundError: The folder is missing or lacks a split.
+        ValueError: A file is not Parquet or lacks a column.
+    """
+    files = [path for splits in (TRAIN_SPLITS, TEST_SPLITS) for path in _files(Path(folder), splits)]
+    return 1 + max(int(_read(path, ["label"])["label"].to_numpy().max(initial=0)) for path in files)
 
 
 def loaders(config: TrainConfig, train_set: ParquetImages, test_set: ParquetImages) -> tuple[Batches, Batches]:
@@ -149,8 +160,8 @@ def _files(folder: Path, splits: tuple[str, ...]) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no {wanted}: a Parquet image folder as on the Hugging Face hub is needed")
 
 
-def _read(path: Path) -> Any:
-    """Return the table of one file after checking its columns."""
+def _read(path: Path, columns: list[str]) -> Any:
+    """Return columns of one file after checking all that are needed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,7 +177,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path}: column image has type {image}; a struct with a field `bytes` is needed")
     if not pa.types.is_integer(label):
         raise ValueError(f"{path}: column label has type {label}; integers are needed")
-    table = pq.read_table(path, columns=["image", "label"])
+    table = pq.read_table(path, columns=columns)
     if nulls := table["label"].null_count:
         raise ValueError(f"{path}: column label has {nulls} nulls")
     return table

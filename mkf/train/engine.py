@@ -16,8 +16,8 @@ from torch import nn
 
 from mkf.bank.checkpoint import write
 from mkf.train.config import TrainConfig
-from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, loaders
-from mkf.train.model import build_model, find_model
+from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, count_classes, loaders
+from mkf.train.model import build_model
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,17 @@ class _Run:
 
         self.config = config
         self.device = _device(config.device)
-        find_model(config.model)  # a wrong name is told before the images are read
+        self.classes = count_classes(config.data)
+        _seed(config.seed, 0)
+        model = build_model(config, self.classes)  # wrong options are told before the images are read
         train_set = ParquetImages(config.data, TRAIN_SPLITS)
         test_set = ParquetImages(config.data, TEST_SPLITS)
-        self.classes = int(max(train_set.labels.max(), test_set.labels.max())) + 1
         self.train_loader, self.test_loader = loaders(config, train_set, test_set)
         if not len(self.train_loader):
             raise ValueError(f"{len(train_set)} training images are fewer than one batch of {config.batch_size}")
         self.steps = len(self.train_loader)
-        _seed(config.seed, 0)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = build_model(config, self.classes).to(device=self.device)
-        self.model = self.model.to(memory_format=self.memory_format)
+        self.model = model.to(device=self.device).to(memory_format=self.memory_format)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.optimizer = create_optimizer_v2(_parameter_groups(config, self.model), opt="adamw", lr=config.lr)
         self.scheduler, _ = create_scheduler_v2(

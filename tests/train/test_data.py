@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mkf.train import ParquetImages, TrainConfig, evaluation_loader
-from mkf.train.data import TEST_SPLITS, loaders
+from mkf.train.data import TEST_SPLITS, count_classes, loaders
 from tests.train.conftest import WriteImages, png
 
 IMAGE = pa.struct([("bytes", pa.binary())])
@@ -99,6 +99,17 @@ def test_column_errors(tmp_path: Path, columns: dict[str, pa.Array], message: st
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
     with pytest.raises(ValueError, match=message):
         ParquetImages(tmp_path)
+
+
+def test_classes_are_counted_over_both_splits(tmp_path: Path, write_images: WriteImages) -> None:
+    image = Image.new("RGB", (4, 4))
+    write_images(tmp_path / "train-0.parquet", [image] * 2, [0, 1])
+    with pytest.raises(FileNotFoundError, match="has no test-"):
+        count_classes(tmp_path)
+    write_images(tmp_path / "test-0.parquet", [], [])
+    assert count_classes(tmp_path) == 2
+    write_images(tmp_path / "test-1.parquet", [image], [4])
+    assert count_classes(tmp_path) == 5
 
 
 def test_truncated_image_and_negative_label(tmp_path: Path, write_images: WriteImages) -> None:

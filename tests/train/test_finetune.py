@@ -80,6 +80,10 @@ def test_trained_from_scratch_with_keys(colours: Path, tmp_path: Path) -> None:
         assert torch.equal(initial[f"{name}.{part}"], trained[f"{name}.{part}"]), part
     for part in ("shift", "bias"):
         assert not torch.equal(initial[f"{name}.{part}"], trained[f"{name}.{part}"]), part
+    source, out = tmp_path / "run" / "model.safetensors", tmp_path / "again.safetensors"
+    code, _, stderr = run("convert", source, "--out", out, "--finetune", colours)
+    assert code == 1
+    assert "name them with --keys" in stderr
     bank = learned_filters(tmp_path / "run")
     assert mkf.affine_fit(bank, mkf.keys.analytic("B", 3)).residual.max() < 1e-3
 

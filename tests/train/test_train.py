@@ -291,6 +291,25 @@ def test_user_errors(colours: Path, tmp_path: Path, words: list[str], message: s
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "convnext_ato"], "timm has no model"),
+        (["--weights", "nothing.pth"], "there is no checkpoint nothing.pth"),
+        (["--keys", "paper9"], "no keys called 'paper9'"),
+        (["--keys", "analytic:B:3", "--assign", "nonsense"], "nonsense"),
+        (["--keys", "analytic:B:3", "--key-parameters", "nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_options_are_told_before_the_images_are_read(
+    colours: Path, tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(mkf.train.engine, "ParquetImages")
+    code, _, stderr = cli(colours, tmp_path / "run", *words)
+    assert code == 1
+    assert message in stderr
+
+
 def test_unwritable_out_is_told_before_the_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, stderr = cli(tmp_path / "no data", tmp_path / "file")
