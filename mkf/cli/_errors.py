@@ -21,6 +21,10 @@ def user_errors() -> Iterator[None]:
             _print_notes(caught)
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            told = ["interrupted", *getattr(interrupt, "__notes__", [])]  # a note may say how to go on
+            typer.secho("; ".join(told), fg=typer.colors.YELLOW, err=True)
+            raise typer.Exit(130) from None  # as shells have it for Ctrl-C
         _print_notes(caught)
 
 

@@ -65,23 +65,32 @@ def train(
         raise FileExistsError(f"{out} holds a finished run; choose another folder")
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = _Run(config)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "last.pt").exists():
-        run.load(out / "last.pt")
-    else:
-        write(out / "initial.safetensors", run.model.state_dict(), run.metadata(epochs=0))
-        if on_start:
-            on_start(run.test()[1])
-    while len(run.history) < config.epochs:
-        record = run.epoch(on_step)
-        _write_history(run.history, out)
-        _replace(out / "last.pt", lambda path: torch.save(run.state(), path))
-        if on_epoch:
-            on_epoch(record)
+    last = out / "last.pt"
+    state = _kept(last, config) if last.exists() else None  # other options are told before the images are read
+    kept = len(state["history"]) if state else 0
+    try:
+        run = _Run(config)
+        out.mkdir(parents=True, exist_ok=True)
+        if state:
+            run.load(state)
+        else:
+            write(out / "initial.safetensors", run.model.state_dict(), run.metadata(epochs=0))
+            if on_start:
+                on_start(run.test()[1])
+        del state  # its weights would stay in memory
+        while len(run.history) < config.epochs:
+            record = run.epoch(on_step)
+            _write_history(run.history, out)
+            _replace(last, lambda path: torch.save(run.state(), path))
+            kept = record.epoch
+            if on_epoch:
+                on_epoch(record)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"the same command goes on from {f'epoch {kept + 1}' if kept else 'the start'}")
+        raise
     metadata = run.metadata(epochs=config.epochs) | {"test_accuracy": f"{run.history[-1].top1:.2f}"}
     write(out / "model.safetensors", run.tested.state_dict(), metadata)
-    (out / "last.pt").unlink()
+    last.unlink()
     return run.history
 
 
@@ -204,17 +213,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same recipe."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs = state["recipe"]
-        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
-            raise ValueError(f"{path} is not a checkpoint of an interrupted run: {error}") from error
-        mine = self.config.recipe
-        if changed := [key for key in mine if mine[key] != theirs.get(key)]:
-            changes = [f"{key}: {theirs.get(key)!r}, now {mine[key]!r}" for key in changed]
-            raise ValueError(f"{path.parent} holds an interrupted run with other options ({'; '.join(changes)})")
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state of the same recipe."""
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["model_ema"])
@@ -238,6 +238,23 @@ class _Run:
             "command": self.config.command(),
             "versions": json.dumps({"torch": torch.__version__, "timm": timm.__version__}),
         }
+
+
+def _kept(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """The state that an interrupted run of the same recipe kept."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["recipe"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint of an interrupted run: {error}") from error
+    mine = config.recipe
+    if changed := [key for key in mine if mine[key] != theirs.get(key)]:
+        changes = [f"{key}: {theirs.get(key)!r}, now {mine[key]!r}" for key in changed]
+        raise ValueError(
+            f"{path.parent} holds an interrupted run with other options ({'; '.join(changes)}): repeat the "
+            "earlier options to go on, delete the folder, or choose another --out"
+        )
+    return state
 
 
 def _parameter_groups(config: TrainConfig, model: nn.Module) -> list[dict[str, Any]]:

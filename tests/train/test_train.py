@@ -254,11 +254,33 @@ def test_resume_refuses_other_options(colours: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(config(colours, "run"), on_epoch=stop)
-    with pytest.raises(ValueError, match=r"interrupted run with other options \(lr: 0.002, now 0.1\)"):
+    other = r"interrupted run with other options \(lr: 0.002, now 0.1\): repeat the earlier options to go on"
+    with pytest.raises(ValueError, match=other):
         train(config(colours, "run", lr=0.1))
     (colours.parent / "run" / "last.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint of an interrupted run"):
         train(config(colours, "run"))
+
+
+def test_an_interruption_tells_where_the_run_goes_on(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = mkf.train.engine._seed  # which every epoch does first, and the building of the model, as epoch 0
+    for epoch, place in ((1, "the start"), (3, "epoch 3"), (0, "epoch 3")):
+
+        def stop(seed: int, now: int, epoch: int = epoch) -> None:
+            if now == epoch:
+                raise KeyboardInterrupt
+            begin(seed, now)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mkf.train.engine, "_seed", stop)
+            code, _, stderr = cli(colours, tmp_path / "run", "--epochs", "3")
+        assert (code, stderr) == (130, f"interrupted; the same command goes on from {place}")
+    code, stdout, _ = cli(colours, tmp_path / "run", "--epochs", "3")
+    assert code == 0
+    assert "epoch 3/3" in stdout
+    assert "epoch 2/3" not in stdout
 
 
 @pytest.mark.parametrize(
