@@ -56,7 +56,8 @@ def command(
 ) -> None:
     """Replace every depthwise filter by its nearest key, scaled and shifted, and write the network as a state dict.
 
-    The file loads wherever the original did, unless it is --compact.
+    The file loads wherever the original did, unless it is --compact. A weight (C, 1, k, k) with C > 1 is taken for
+    depthwise, so that of a first layer for grey images is replaced too.
     """
     with user_errors():
         from mkf.bank.checkpoint import metadata, stored_state_dict, write
@@ -97,6 +98,8 @@ def command(
                 _train(config, console)
                 trained = run / "model.safetensors"
                 small, told = with_shared_keys(stored_state_dict(trained)), told | metadata(trained)
+            else:
+                _warn_of_stem(state, fits)
             state = expand(small)
         written = small if compact else state
         write(out, written, told | {"format": "pt"})
@@ -155,6 +158,23 @@ def _print_left_alone(state: dict[str, Any], fits: dict[str, AffineFit], console
             others.setdefault("{}x{}".format(*tensor.shape[2:]), []).append(layer)
     for size, layers in others.items():
         console.print(f"Left alone, {size} unlike the keys: {', '.join(layers)}", soft_wrap=True)
+
+
+def _warn_of_stem(state: dict[str, Any], fits: dict[str, AffineFit]) -> None:
+    """Tell of a first convolution that was replaced, unless another one takes the three channels of colour images.
+
+    A safetensors file keeps its tensors by name, so the first of them need not be the first of the network.
+    """
+    import warnings
+
+    inputs = {name.removesuffix(".weight"): tensor.shape[1] for name, tensor in state.items() if tensor.ndim == 4}
+    first = next(iter(inputs))
+    if first in fits and 3 not in inputs.values() and max(inputs.values()) > 1:
+        warnings.warn(
+            f"{first} comes before any other convolution and was replaced too: if it is no depthwise layer but the "
+            "first one of a network for grey images, take its weight from the original",
+            stacklevel=2,
+        )
 
 
 def _print_free(config: TrainConfig, console: Any) -> None:

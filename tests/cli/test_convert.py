@@ -216,6 +216,22 @@ def test_compact_round_trip_and_its_errors() -> None:
         expand(small | {"a.index": torch.empty(0, dtype=torch.uint8)})
 
 
+def test_a_first_layer_for_grey_images_is_told(tmp_path: Path) -> None:
+    shapes = {"stem": (4, 1, 7, 7), "point": (4, 4, 1, 1), "blocks.0": (4, 1, 7, 7)}
+    orders = {
+        "grey": (["stem", "point", "blocks.0"], True),
+        "colour": (["blocks.0", "point", "rgb"], False),  # as safetensors keep a network that begins with rgb
+        "dense": (["point", "stem", "blocks.0"], False),
+        "collection": (["stem", "blocks.0"], False),
+    }
+    for name, (order, told) in orders.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save({f"{layer}.weight": torch.randn(shapes.get(layer, (4, 3, 4, 4))) for layer in order}, path)
+        code, _, stderr = run(path, "--out", tmp_path / "keys.safetensors")
+        assert code == 0, stderr
+        assert ("note: stem comes before any other convolution and was replaced too" in stderr) is told, name
+
+
 def test_sizes_without_keys_are_named(tmp_path: Path) -> None:
     shapes = {"a": (4, 1, 3, 3), "b": (4, 1, 5, 5), "c": (4, 1, 5, 5), "d": (4, 1, 1, 9), "dense": (4, 4, 7, 7)}
     torch.save({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "net.pth")
