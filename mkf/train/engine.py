@@ -58,8 +58,11 @@ def train(
     Raises:
         FileNotFoundError: The data folder is missing or lacks a split.
         FileExistsError: `out` holds a finished run.
-        ValueError: Bad data, model or option, an interrupted run of another configuration, or a loss not finite.
+        ValueError: Bad data, model or option, an interrupted run of another configuration, a loss not finite, or one of
+            several processes, as under torchrun.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each would train on its own and write into the same folder
+        raise ValueError("mkf train runs in one process on one device; start it without torchrun, or with one process")
     out = Path(config.out)
     if (out / "model.safetensors").exists():
         raise FileExistsError(f"{out} holds a finished run; choose another folder")

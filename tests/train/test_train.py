@@ -248,6 +248,16 @@ def test_finished_run_is_kept(colours: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
+def test_one_of_several_processes(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    code, _, stderr = cli(colours, tmp_path / "run")
+    assert code == 1
+    assert "mkf train runs in one process on one device; start it without torchrun" in stderr
+    assert not list(tmp_path.glob("run/*"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli(colours, tmp_path / "run")[0] == 0
+
+
 def test_resume_refuses_other_options(colours: Path) -> None:
     def stop(record: EpochRecord) -> None:
         raise KeyboardInterrupt
