@@ -35,7 +35,7 @@ def test_search_by_accuracy(tmp_path: Path, colours: Path) -> None:  # noqa: F81
     kwargs = {"dim": 6, "depth": 1, "kernel_size": 7, "patch_size": 2}
     train(
         TrainConfig(model="ConvMixer", model_kwargs=kwargs, data=str(colours), out=str(tmp_path / "run"),
-                    image_size=16, epochs=1, warmup_epochs=0, batch_size=12)
+                    image_size=16, epochs=1, warmup_epochs=0, batch_size=12, device="cpu")
     )  # fmt: skip
     words = (
         "search-by-accuracy",

@@ -86,6 +86,8 @@ def test_autoencoder_in_two_rounds_resumed_from_its_folder(bank_dir: Path, out: 
         out,
         "--figures",
         tmp_path / "f",
+        "--device",
+        "cpu",
     )
     result = run(*words, "--state", tmp_path / "state")
     assert result.exit_code == 0, result.output
@@ -106,7 +108,7 @@ def test_accuracy_and_output_of_a_trained_network(tmp_path: Path, out: Path, col
     kwargs = {"dim": 6, "depth": 2, "kernel_size": 7, "patch_size": 2}
     train(
         TrainConfig(model="ConvMixer", model_kwargs=kwargs, data=str(colours), out=str(tmp_path / "run"),
-                    image_size=16, epochs=2, warmup_epochs=0, batch_size=12)
+                    image_size=16, epochs=2, warmup_epochs=0, batch_size=12, device="cpu")
     )  # fmt: skip
     words = (tmp_path / "run" / "model.safetensors", "--method", "random", "--candidates", 6, "--keys", 2, "--out", out)
     network = ("--model", tmp_path / "run", "--data", colours)

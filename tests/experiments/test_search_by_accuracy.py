@@ -19,7 +19,7 @@ def run(tmp_path, colours):  # noqa: F811
     kwargs = {"dim": 6, "depth": 2, "kernel_size": 7, "patch_size": 2}
     train(
         TrainConfig(model="ConvMixer", model_kwargs=kwargs, data=str(colours), out=str(tmp_path / "run"),
-                    image_size=16, epochs=2, warmup_epochs=0, batch_size=12)
+                    image_size=16, epochs=2, warmup_epochs=0, batch_size=12, device="cpu")
     )  # fmt: skip
     return tmp_path / "run"
 

@@ -24,7 +24,7 @@ def run(*words: object) -> tuple[int, str, str]:
 
 def train_words(data: Path, out: Path, *more: object) -> list[object]:
     words: list[object] = ["train", "--model", "ConvMixer", "--data", data, "--out", out, "--image-size", 16]
-    words += ["--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8, "--lr", 0.02]
+    words += ["--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8, "--lr", 0.02, "--device", "cpu"]
     words += [word for key, value in TINY.items() for word in ("--model-kwargs", f"{key}={value}")]
     return [*words, *more]
 
@@ -97,6 +97,7 @@ def test_weights_that_do_not_fit_the_model(colours: Path, tmp_path: Path) -> Non
         out=str(tmp_path / "other"),
         image_size=16,
         batch_size=8,
+        device="cpu",
         weights=str(tmp_path / "run" / "model.safetensors"),
     )
     with pytest.raises(ValueError, match="does not fit the model"):
