@@ -32,7 +32,7 @@ class TrainConfig:
         weight_decay: Of AdamW; not applied to biases and norms.
         depthwise_weight_decay: The same for depthwise filters. Far stronger, because a short run at an ordinary decay
             leaves most of a filter's initial noise where it was, and a norm layer behind makes up for small filters.
-        warmup_epochs: Linear warm-up, counted in `epochs`.
+        warmup_epochs: Linear warm-up, counted in `epochs`; the cosine decay begins at its end.
         min_crop: Least area of the random crop as a fraction of the picture.
         randaug: RandAugment in timm's notation, or empty for none.
         mixup: Alpha of mixup, 0 for none.

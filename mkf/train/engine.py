@@ -123,8 +123,9 @@ class _Run:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
-            num_epochs=config.epochs,
+            num_epochs=config.epochs - config.warmup_epochs,  # the cosine's, which begins where the warm-up ends
             warmup_epochs=config.warmup_epochs,
+            warmup_prefix=True,
             warmup_lr=config.lr / 100,
             min_lr=config.lr / 1000,
             step_on_epochs=False,

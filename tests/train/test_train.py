@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,7 +121,7 @@ def test_the_recipe_is_followed(colours: Path, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         run.epoch(lambda *_: rates.append(run.optimizer.param_groups[0]["lr"]))
     assert rates[:2] == pytest.approx([2e-5, 1.01e-3])  # a warm-up of one epoch, two steps, from a hundredth on
-    assert rates[3] < rates[2] <= 1.01e-3
+    assert rates[2:] == pytest.approx([2e-3, 1.001e-3])  # then the peak, and half of a cosine down to a thousandth
     assert norms == [0.5] * 4
     assert seeds == [(7, 0), (7, 1), (7, 2)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
@@ -139,6 +140,22 @@ def test_the_recipe_is_followed(colours: Path, monkeypatch: pytest.MonkeyPatch) 
     assert plain.mix is None
     assert plain.loss.smoothing == 0.2
     assert plain.memory_format is torch.contiguous_format
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 3])
+def test_the_learning_rate_rises_to_its_peak_and_falls_without_a_jump(colours: Path, warmup_epochs: int) -> None:
+    run = mkf.train.engine._Run(config(colours, "run", epochs=12, warmup_epochs=warmup_epochs, batch_size=2))
+    rates = []
+    for step in range(12 * run.steps + 1):
+        run.scheduler.step_update(step)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    peak = warmup_epochs * run.steps
+    assert max(rates) == rates[peak] == 2e-3
+    rise, fall = np.array(rates[: peak + 1]), np.array(rates[peak:])
+    assert np.diff(rise) == pytest.approx(0.99 * 2e-3 / max(peak, 1))
+    turn = np.linspace(0, np.pi, len(fall))
+    assert fall == pytest.approx(2e-6 + (2e-3 - 2e-6) * (1 + np.cos(turn)) / 2)
+    assert rates[-1] == pytest.approx(2e-6)
 
 
 def test_a_test_sees_the_whole_picture(colours: Path) -> None:
