@@ -29,9 +29,12 @@ class TrainConfig:
         epochs: Length of the run; the learning rate ends near 0.
         batch_size: Images a step, even (mixup pairs them).
         lr: Peak learning rate of AdamW.
-        weight_decay: Of AdamW; not applied to biases and norms.
-        depthwise_weight_decay: The same for depthwise filters. Far stronger, because a short run at an ordinary decay
-            leaves most of a filter's initial noise where it was, and a norm layer behind makes up for small filters.
+        weight_decay: Of AdamW; not applied to biases and norms, nor to what trains in a layer with keys: smaller keys
+            are the same as a smaller scale, which has no decay either.
+        depthwise_weight_decay: The same for free depthwise filters. Far stronger, because a short run at an ordinary
+            decay leaves most of a filter's initial noise where it was, and a norm layer behind makes up for small
+            filters. The papers have one decay for both: compare free filters with keys as their tables do with .05 here
+            too (for ConvNeXtV2-Pico with .3 here and above).
         warmup_epochs: Linear warm-up, counted in `epochs`; the cosine decay begins at its end.
         min_crop: Least area of the random crop as a fraction of the picture.
         randaug: RandAugment in timm's notation, or empty for none.

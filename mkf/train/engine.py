@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mkf.bank.checkpoint import write
+from mkf.nn import KeyConv2d
 from mkf.train.config import TrainConfig
 from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, count_classes, loaders
 from mkf.train.model import build_model
@@ -262,15 +263,16 @@ def _kept(path: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def _parameter_groups(config: TrainConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Split the parameters by their weight decay: none, `weight_decay` and `depthwise_weight_decay`."""
+    """Split the parameters by their weight decay: none (also of keys), `weight_decay` and `depthwise_weight_decay`."""
     from timm.optim import param_groups_weight_decay
 
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1)
     depthwise = [layer.weight for layer in layers]
     known = set(map(id, depthwise))
+    keys = [f"{name}.keys" for name, layer in model.named_modules() if isinstance(layer, KeyConv2d)]
     groups = [
         {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in known]}
-        for group in param_groups_weight_decay(model, config.weight_decay)
+        for group in param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=keys)
     ]
     return [*groups, {"params": depthwise, "weight_decay": config.depthwise_weight_decay}]
 

@@ -220,6 +220,17 @@ def test_every_parameter_decays_once_and_depthwise_filters_at_their_own_rate(col
         assert decay[id(parameter)] == (0.75 if depthwise else 0.0 if parameter.ndim == 1 else 0.25), name
 
 
+def test_what_trains_in_a_layer_with_keys_does_not_decay(colours: Path) -> None:
+    options = {"keys": "analytic:B:3", "key_parameters": "scale,shift,bias,keys", "weight_decay": 0.25}
+    run = mkf.train.engine._Run(config(colours, "run", **options))
+    decay = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    named = dict(run.model.named_parameters())
+    own = [name for name in named if name.startswith("blocks.0.0.fn.0.")]
+    assert {name.rpartition(".")[2] for name in own} == {"scale", "shift", "bias", "keys"}
+    assert {decay[id(named[name])] for name in own} == {0}
+    assert decay[id(named["blocks.0.1.weight"])] == 0.25
+
+
 def test_a_registered_model_with_drop_path_and_autocast(colours: Path) -> None:
     kwargs = {"dims": (4, 8, 8, 8), "depths": (1, 1, 1, 0)}
     run = config(colours, "run", model="convnext_atto", model_kwargs=kwargs, drop_path=0.1, amp=True, image_size=32)
