@@ -37,6 +37,7 @@ def command(
     ] = TrainConfig.depthwise_weight_decay,
     warmup_epochs: Annotated[int, typer.Option(help="Linear warm-up, part of --epochs.")] = TrainConfig.warmup_epochs,
     min_crop: Annotated[float, typer.Option(help="Least area of the random crop.")] = TrainConfig.min_crop,
+    hflip: Annotated[float, typer.Option(help="Probability of flipping an image left to right.")] = TrainConfig.hflip,
     randaug: Annotated[str, typer.Option(help="RandAugment in timm's notation; '' for none.")] = TrainConfig.randaug,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 for none.")] = TrainConfig.mixup,
     cutmix: Annotated[float, typer.Option(help="Alpha of cutmix; 0 for none.")] = TrainConfig.cutmix,

@@ -37,6 +37,8 @@ class TrainConfig:
             too (for ConvNeXtV2-Pico with .3 here and above).
         warmup_epochs: Linear warm-up, counted in `epochs`; the cosine decay begins at its end.
         min_crop: Least area of the random crop as a fraction of the picture.
+        hflip: Probability of flipping an image left to right. It matters for what keys come out: pictures and their
+            mirror images favour no side, and of the paper's keys 2 and 4 are mirror images, as are 5 and its negative.
         randaug: RandAugment in timm's notation, or empty for none.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
@@ -71,6 +73,7 @@ class TrainConfig:
     depthwise_weight_decay: float = 1.0
     warmup_epochs: int = 2
     min_crop: float = 0.5
+    hflip: float = 0.5
     randaug: str = "rand-m9-n1-mstd0.5"
     mixup: float = 0.2
     cutmix: float = 1.0
@@ -93,7 +96,7 @@ class TrainConfig:
             ("weight_decay depthwise_weight_decay", lambda value: value >= 0, "0 or more"),
             ("warmup_epochs mixup cutmix clip_grad", lambda value: value >= 0, "0 or more"),
             ("seed threads workers", lambda value: value >= 0, "0 or more"),
-            ("mix_prob erasing", lambda value: 0 <= value <= 1, "in [0, 1]"),
+            ("mix_prob erasing hflip", lambda value: 0 <= value <= 1, "in [0, 1]"),
             ("smoothing drop_path ema", lambda value: 0 <= value < 1, "in [0, 1)"),
             ("min_crop", lambda value: 0 < value <= 1, "in (0, 1]"),
         ]

@@ -104,6 +104,7 @@ def loaders(config: TrainConfig, train_set: ParquetImages, test_set: ParquetImag
             **common,
             is_training=True,
             scale=(config.min_crop, 1.0),
+            hflip=config.hflip,
             color_jitter=None,
             auto_augment=config.randaug or None,
             re_prob=config.erasing,

@@ -115,7 +115,8 @@ def test_the_recipe_is_followed(colours: Path, monkeypatch: pytest.MonkeyPatch) 
     clip, seed = torch.nn.utils.clip_grad_norm_, mkf.train.engine._seed
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: (norms.append(norm), clip(p, norm)))
     monkeypatch.setattr(mkf.train.engine, "_seed", lambda *numbers: (seeds.append(numbers), seed(*numbers)))
-    options = {"mixup": 0.3, "cutmix": 0.6, "mix_prob": 0.4, "smoothing": 0.2, "erasing": 0.35, "min_crop": 0.7}
+    options = {"mixup": 0.3, "cutmix": 0.6, "mix_prob": 0.4, "smoothing": 0.2}
+    options |= {"erasing": 0.35, "min_crop": 0.7, "hflip": 0.3}
     run = mkf.train.engine._Run(config(colours, "run", amp=True, clip_grad=0.5, seed=7, **options))
     run.model.register_forward_hook(lambda _, x, y: inputs.append(x[0]) or outputs.append(y))
     for _ in range(2):
@@ -136,6 +137,7 @@ def test_the_recipe_is_followed(colours: Path, monkeypatch: pytest.MonkeyPatch) 
     steps = {type(step).__name__: step for step in run.train_loader.dataset.transform.transforms}
     assert steps["RandomErasing"].probability == 0.35
     assert steps["RandomResizedCropAndInterpolation"].scale == (0.7, 1.0)
+    assert steps["RandomHorizontalFlip"].p == 0.3
     plain = mkf.train.engine._Run(config(colours, "run", mixup=0, cutmix=0, smoothing=0.2, channels_last=False))
     assert plain.mix is None
     assert plain.loss.smoothing == 0.2
@@ -339,6 +341,7 @@ def test_an_interruption_tells_where_the_run_goes_on(
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--ema", "1"], r"ema must be in [0, 1)"),
         (["--erasing", "1.5"], r"erasing must be in [0, 1]"),
+        (["--hflip", "-0.5"], r"hflip must be in [0, 1]"),
         (["--min-crop", "0"], r"min_crop must be in (0, 1]"),
         (["--randaug", "nonsense"], "randaug 'nonsense' is not timm's notation"),
         (["--device", "quantum"], "device 'quantum' cannot be used"),
