@@ -48,7 +48,8 @@ class TrainConfig:
         drop_path: Stochastic depth, for models that take it.
         ema: Decay of the moving average of the weights (with warm-up), 0 for none; the average is tested and saved.
         clip_grad: Largest norm of the gradient, 0 for no limit.
-        seed: Fixes the weights, the order and the augmentation; each epoch is seeded anew, so resuming is exact.
+        seed: Fixes the weights, the order and the augmentation; each epoch is seeded anew, so resuming is exact on the
+            CPU with the same number of threads.
         amp: Run the forward pass in bfloat16 autocast.
         channels_last: Keep activations in channels-last order.
         threads: CPU threads, 0 for torch's choice.
@@ -116,7 +117,11 @@ class TrainConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The fields that decide the result: all but where it runs and where it is written."""
+        """The fields that decide the result: all but where it runs and where it is written.
+
+        The number of threads and the device alter it a little, by how sums are rounded at each step, and are left out
+        so that an interrupted run may go on elsewhere.
+        """
         kept = {name: value for name, value in asdict(self).items() if name not in ("out", "threads", "device")}
         return kept | {"data": self.data_set}
 

@@ -45,7 +45,8 @@ def train(
     The folder then holds `model.safetensors` (the weights, averaged if `ema`, with metadata), `initial.safetensors`
     (the untrained weights of the same seed, a control), `history.csv` and `history.json`, and, while the run
     goes on, `last.pt`. Every file is written beside its place and moved there. Called again with the same
-    configuration after an interruption, it goes on after the last whole epoch and ends with the same weights.
+    configuration after an interruption, it goes on after the last whole epoch and ends with the same weights, if it
+    is on the CPU with the same number of threads: another number rounds sums otherwise, and a GPU does at each call.
 
     Args:
         config: The run.
