@@ -64,6 +64,7 @@ def search_by_accuracy(
     size: Size = None,
     seed: Seed = 0,
     steps: Steps = 3000,
+    device: Annotated[str, typer.Option(help="Where autoencoder and --model run: auto, cpu, cuda, ...")] = "auto",
     pretrained: Pretrained = True,
 ) -> None:
     """Figure 3 and a column of Table 1 of arXiv 2509.11711 for a network of one's own: greedy search by accuracy."""
@@ -82,6 +83,7 @@ def search_by_accuracy(
                 steps=steps,
                 seed=seed,
                 state=out / "state",
+                device=device,
                 progress=progress,
             )
         found.second.keys.save(out / "keys.safetensors")

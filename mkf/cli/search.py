@@ -13,6 +13,8 @@ from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from mkf.bank import FilterBank
     from mkf.keys import KeySet
     from mkf.search import Autoencoder, Elimination
@@ -29,7 +31,7 @@ _CACHED = 1 << 30
 _COMPARED = ("sources", "keys", "size", "seeds", "pretrained", "compare")
 """What --compare looks at."""
 
-_TRAINED = ("steps", "rounds", "device")
+_TRAINED = ("steps", "rounds")
 """What only the autoencoder looks at."""
 
 _ELIMINATED = ("candidates", "state")
@@ -70,7 +72,7 @@ def command(
         typer.Option(metavar="DIR", help="Keep what is done here; a search that was killed goes on from it."),
     ] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw keys, code axis and curve here.")] = None,
-    device: Annotated[str, typer.Option(help="Where the autoencoder is trained: auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="Where autoencoder and --model run: auto, cpu, cuda, ...")] = "auto",
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Instead: hold models out in turn and print how every method does on them."),
@@ -86,8 +88,9 @@ def command(
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from mkf.search import eliminate, two_rounds
+        from mkf.search import autoencoder, eliminate, two_rounds
         from mkf.search.two_rounds import check_rounds
+        from mkf.train.device import find_device
 
         _check(method, objective, model, data)
         given = _given(context)
@@ -101,6 +104,8 @@ def command(
                 _refuse(given & set(_ELIMINATED), f"--method {method} without --objective eliminates nothing: no")
         if objective not in ("output", "accuracy"):
             _refuse(given & {"per_class"}, "only --objective output and accuracy look at images: no")
+            if method != "autoencoder":
+                _refuse(given & {"device"}, "only autoencoder and --model run on a device of choice: no")
         if out is not None:
             _outputs.named(out, "--out", ".safetensors")
             _outputs.file(out, "--out")
@@ -127,12 +132,14 @@ def command(
             if compare:
                 _compare(bank, keys, seeds, task("searching"), console)
                 return
+            place = find_device(device)
             judge = _objective(
-                objective or ("residual" if method == "autoencoder" else None), bank, model, data, per_class
+                objective or ("residual" if method == "autoencoder" else None), bank, model, data, per_class, place
             )
             coder = elimination = None
             if method == "autoencoder":
-                coder = _train(bank, seed, steps, device, _in(state, "autoencoder.pt"), task("training"))
+                file = _in(state, "autoencoder.pt")
+                coder = autoencoder(bank, seed=seed, steps=steps, device=place, state=file, progress=task("training"))
                 pool = coder.candidates(candidates)
             else:
                 pool = _direct(method, bank, candidates if judge else keys, seed, task(method))
@@ -188,7 +195,9 @@ def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int]
     console.print(f"Mean residual of held-out filters, seeds {list(comparison.seeds)}; held out together: {folds}.")
 
 
-def _objective(word: str | None, bank: FilterBank, model: Path | None, data: Path | None, per_class: int) -> Any:
+def _objective(
+    word: str | None, bank: FilterBank, model: Path | None, data: Path | None, per_class: int, device: torch.device
+) -> Any:
     from mkf.search import Accuracy, OutputError, Residual
 
     if word is None:
@@ -204,19 +213,7 @@ def _objective(word: str | None, bank: FilterBank, model: Path | None, data: Pat
     loader: Any = evaluation_loader(images, images, size, per_class)
     if len(loader.dataset) * 3 * size**2 * 4 <= _CACHED:
         loader = list(loader)
-    return (Accuracy if word == "accuracy" else OutputError)(network, loader, split="train")
-
-
-def _train(
-    bank: FilterBank, seed: int, steps: int, device: str, state: Path | None, progress: Callable[[int, int], None]
-) -> Autoencoder:
-    import torch
-
-    from mkf.search import autoencoder
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return autoencoder(bank, seed=seed, steps=steps, device=device, state=state, progress=progress)
+    return (Accuracy if word == "accuracy" else OutputError)(network.to(device), loader, split="train")
 
 
 def _direct(method: str, bank: FilterBank, k: int, seed: int, progress: Callable[[int, int], None]) -> KeySet:

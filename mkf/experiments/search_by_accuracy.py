@@ -59,6 +59,7 @@ def search_by_accuracy(
     steps: int = 3000,
     seed: int = 0,
     state: Path | None = None,
+    device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchByAccuracy:
     """Search k keys by the accuracy of a network on training images, and test them on the test split, once.
@@ -77,21 +78,26 @@ def search_by_accuracy(
         steps: Training steps of the autoencoder at most.
         seed: Of autoencoder and clusters.
         state: A folder from which a search that was killed goes on.
+        device: Where autoencoder and network run: `auto` (CUDA if there is one, else the CPU) or a torch device.
         progress: Called as `progress(done, total)`, in candidates left out and judged, in each round anew.
 
     Raises:
         FileNotFoundError: No finished run, no data, or a split is missing.
-        ValueError: A network without depthwise filters of that size, and what the searches refuse.
+        ValueError: A network without depthwise filters of that size, a device that cannot be used, and what the
+            searches refuse.
     """
     from mkf.train import ParquetImages, evaluation_loader, load_weights
     from mkf.train.data import TEST_SPLITS
+    from mkf.train.device import find_device
 
+    place = find_device(device)
     network, metadata = load_weights(run / "model.safetensors")
+    network.to(place)
     size = int(metadata["image_size"])
     training, test = ParquetImages(data), ParquetImages(data, TEST_SPLITS)
     judged: Any = list(evaluation_loader(training, training, size, per_class))
     judge = Accuracy(network, judged, split="train")
-    coder = autoencoder(bank, seed=seed, steps=steps, state=state and state / "autoencoder.pt")
+    coder = autoencoder(bank, seed=seed, steps=steps, device=place, state=state and state / "autoencoder.pt")
     first, second = two_rounds(coder, k, judge, state=state, progress=progress)
 
     kernel_size = bank.kernel_sizes[0]

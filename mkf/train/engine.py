@@ -18,6 +18,7 @@ from mkf.bank.checkpoint import write
 from mkf.nn import KeyConv2d
 from mkf.train.config import TrainConfig
 from mkf.train.data import TEST_SPLITS, TRAIN_SPLITS, ParquetImages, count_classes, loaders
+from mkf.train.device import find_device
 from mkf.train.model import build_model
 
 
@@ -108,7 +109,7 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         self.config = config
-        self.device = _device(config.device)
+        self.device = find_device(config.device)
         self.classes = count_classes(config.data)
         _seed(config.seed, 0)
         model = build_model(config, self.classes)  # wrong options are told before the images are read
@@ -283,16 +284,6 @@ def _seed(seed: int, epoch: int) -> None:
     from timm.utils import random_seed
 
     random_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-
-
-def _device(name: str) -> torch.device:
-    """Return the device of a name after trying it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _targets(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:

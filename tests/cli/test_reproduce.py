@@ -47,7 +47,10 @@ def test_search_by_accuracy(tmp_path: Path, colours: Path) -> None:  # noqa: F81
         "--out",
         tmp_path / "out",
     )
-    result = run(*words, "--keys", 2, "--per-class", 2, "--steps", 5)
+    result = run(*words, "--device", "nonsense")
+    assert result.exit_code == 1
+    assert "device 'nonsense' cannot be used" in result.stderr
+    result = run(*words, "--keys", 2, "--per-class", 2, "--steps", 5, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "| 2 keys, by accuracy |" in result.stdout
     assert "Top-1 of 8 test images, which no search has seen." in result.stdout

@@ -18,6 +18,7 @@ from tests.search.planted import matching, plant
 from tests.train.conftest import colours, write_images  # noqa: F401
 
 KEYS = mkf.keys.random(7, 4, seed=1)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 
 def run(*words: object):
@@ -104,14 +105,27 @@ def test_autoencoder_in_two_rounds_resumed_from_its_folder(bank_dir: Path, out: 
     assert "belongs to another training (seed differ)" in refused(*words, "--state", tmp_path / "state", "--seed", 1)
 
 
-def test_accuracy_and_output_of_a_trained_network(tmp_path: Path, out: Path, colours: Path) -> None:  # noqa: F811
+@pytest.fixture
+def trained(tmp_path: Path, colours: Path) -> Path:  # noqa: F811
+    """A finished run."""
     kwargs = {"dim": 6, "depth": 2, "kernel_size": 7, "patch_size": 2}
     train(
         TrainConfig(model="ConvMixer", model_kwargs=kwargs, data=str(colours), out=str(tmp_path / "run"),
                     image_size=16, epochs=2, warmup_epochs=0, batch_size=12, device="cpu")
     )  # fmt: skip
-    words = (tmp_path / "run" / "model.safetensors", "--method", "random", "--candidates", 6, "--keys", 2, "--out", out)
-    network = ("--model", tmp_path / "run", "--data", colours)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_accuracy_and_output_of_a_trained_network(
+    trained: Path,
+    tmp_path: Path,
+    out: Path,
+    colours: Path,  # noqa: F811
+    device: str,
+) -> None:
+    words = (trained / "model.safetensors", "--method", "random", "--candidates", 6, "--keys", 2, "--out", out)
+    network = ("--model", trained, "--data", colours, "--device", device)
     for objective in ("accuracy", "output"):
         result = run(*words, "--objective", objective, *network, "--per-class", 4)
         assert result.exit_code == 0, result.output
@@ -121,6 +135,21 @@ def test_accuracy_and_output_of_a_trained_network(tmp_path: Path, out: Path, col
     assert "holds no finished run" in refused(
         *words, "--objective", "accuracy", "--model", tmp_path, "--data", colours, "--per-class", 4
     )
+
+
+def test_the_network_is_judged_on_the_device(
+    trained: Path,
+    out: Path,
+    colours: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(network: torch.nn.Module, *_: object, **__: object) -> None:
+        raise ValueError(f"judged on {next(network.parameters()).device}")
+
+    for objective, name in (("accuracy", "Accuracy"), ("output", "OutputError")):
+        monkeypatch.setattr(mkf.search, name, judge)
+        words = ("--objective", objective, "--model", trained, "--data", colours, "--per-class", 4, "--out", out)
+        assert "judged on meta" in refused(trained / "model.safetensors", *words, "--device", "meta")
 
 
 def test_comparison(bank_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +205,10 @@ def test_options_that_would_not_count_are_refused(bank_dir: Path, out: Path, tmp
     message = refused(bank_dir, "--compare", "--steps", 1, "--seed", 5, "--method", "pca", "--per-class", 100)
     assert message.endswith("takes no --method, --per-class, --seed, --steps")
     assert "which was not asked for" in refused(bank_dir, "--model", tmp_path, "--data", tmp_path, "--out", out)
-    message = refused(bank_dir, "--steps", 5, "--device", "cpu", "--out", out)
-    assert message.endswith("--method clusters trains nothing and takes no --device, --steps")
+    message = refused(bank_dir, "--steps", 5, "--rounds", 1, "--out", out)
+    assert message.endswith("--method clusters trains nothing and takes no --rounds, --steps")
+    message = refused(bank_dir, "--objective", "residual", "--device", "cpu", "--out", out)
+    assert message.endswith("only autoencoder and --model run on a device of choice: no --device")
     message = refused(bank_dir, "--method", "pca", "--candidates", 20, "--state", tmp_path / "state", "--out", out)
     assert message.endswith("--method pca without --objective eliminates nothing: no --candidates, --state")
     assert "look at images: no --per-class" in refused(bank_dir, "--per-class", 5, "--out", out)

@@ -32,7 +32,8 @@ def test_searched_on_training_images_and_tested_on_the_others(run, colours, tmp_
     )  # the others' labels
     network, _ = load_weights(run / "model.safetensors")
     bank = FilterBank.from_model(network, "m")
-    found = search_by_accuracy(bank, run, colours, 3, per_class=4, steps=20, state=tmp_path / "state")
+    options = {"per_class": 4, "steps": 20, "state": tmp_path / "state", "device": "cpu"}
+    found = search_by_accuracy(bank, run, colours, 3, **options)
     assert found.second.objective == "top-1 error on images of the train split"
     assert len(found.second.keys) == 3
     assert found.images == 8
@@ -57,10 +58,26 @@ def test_searched_on_training_images_and_tested_on_the_others(run, colours, tmp_
     first, second = (
         (tmp_path / "state" / f"{name}.json").stat().st_mtime_ns for name in ("first-round", "elimination")
     )
-    again = search_by_accuracy(bank, run, colours, 3, per_class=4, steps=20, state=tmp_path / "state")
+    again = search_by_accuracy(bank, run, colours, 3, **options)
     assert again.second.keys == found.second.keys
     assert (tmp_path / "state" / "first-round.json").stat().st_mtime_ns == first, "nothing is searched twice"
     assert (tmp_path / "state" / "elimination.json").stat().st_mtime_ns == second
+
+
+def test_autoencoder_and_network_run_on_the_device(run, colours, monkeypatch):  # noqa: F811
+    def judge(network, *_, **__):
+        return next(network.parameters()).device.type
+
+    def train_coder(*_, device, **__):
+        return device.type
+
+    def search(coder, k, judge, **_):
+        raise RuntimeError(f"{judge} judges what comes from {coder}")
+
+    for name, fake in (("Accuracy", judge), ("autoencoder", train_coder), ("two_rounds", search)):
+        monkeypatch.setattr(f"mkf.experiments.search_by_accuracy.{name}", fake)
+    with pytest.raises(RuntimeError, match="meta judges what comes from meta"):
+        search_by_accuracy(mkf.bank.load("embedded"), run, colours, 2, per_class=4, device="meta")
 
 
 def test_a_network_without_filters_of_the_banks_size(run, colours):  # noqa: F811
