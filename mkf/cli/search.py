@@ -24,10 +24,6 @@ OBJECTIVES = ("residual", "output", "accuracy")
 _WEIGHTS = "model.safetensors"
 """In the folder of a run."""
 
-_CACHED = 1 << 30
-"""Bytes of images that are prepared once and not for each candidate."""
-
-
 _COMPARED = ("sources", "keys", "size", "seeds", "pretrained", "compare")
 """What --compare looks at."""
 
@@ -207,13 +203,12 @@ def _objective(
     assert model is not None
     assert data is not None
     from mkf.train import ParquetImages, evaluation_loader, load_weights
+    from mkf.train.data import keep_if_small
 
     network, metadata = load_weights(model / _WEIGHTS)
     images, size = ParquetImages(data), int(metadata["image_size"])
-    loader: Any = evaluation_loader(images, images, size, per_class)
-    if len(loader.dataset) * 3 * size**2 * 4 <= _CACHED:
-        loader = list(loader)
-    return (Accuracy if word == "accuracy" else OutputError)(network.to(device), loader, split="train")
+    batches = keep_if_small(evaluation_loader(images, images, size, per_class))
+    return (Accuracy if word == "accuracy" else OutputError)(network.to(device), batches, split="train")
 
 
 def _direct(method: str, bank: FilterBank, k: int, seed: int, progress: Callable[[int, int], None]) -> KeySet:

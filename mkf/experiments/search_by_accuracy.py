@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mkf.keys import KeySet, paper8, random
 from mkf.search import Accuracy, Elimination, autoencoder, clusters, two_rounds
@@ -87,7 +87,7 @@ def search_by_accuracy(
             searches refuse.
     """
     from mkf.train import ParquetImages, evaluation_loader, load_weights
-    from mkf.train.data import TEST_SPLITS
+    from mkf.train.data import TEST_SPLITS, keep_if_small
     from mkf.train.device import find_device
 
     place = find_device(device)
@@ -95,8 +95,7 @@ def search_by_accuracy(
     network.to(place)
     size = int(metadata["image_size"])
     training, test = ParquetImages(data), ParquetImages(data, TEST_SPLITS)
-    judged: Any = list(evaluation_loader(training, training, size, per_class))
-    judge = Accuracy(network, judged, split="train")
+    judge = Accuracy(network, keep_if_small(evaluation_loader(training, training, size, per_class)), split="train")
     coder = autoencoder(bank, seed=seed, steps=steps, device=place, state=state and state / "autoencoder.pt")
     first, second = two_rounds(coder, k, judge, state=state, progress=progress)
 
@@ -108,5 +107,5 @@ def search_by_accuracy(
         sets["paper8"] = paper8()
     sets[f"{k} keys, by clusters of the bank"] = clusters(bank, k, seed).keys
     sets |= {f"{k} random, seed {number}": random(kernel_size, k, number) for number in RANDOM_SEEDS}
-    final = Accuracy(network, list(evaluation_loader(test, training, size)), split="test")
+    final = Accuracy(network, keep_if_small(evaluation_loader(test, training, size)), split="test")
     return SearchByAccuracy(first, second, {name: final.top1(keys) for name, keys in sets.items()}, len(test))

@@ -1,6 +1,6 @@
 """Image folders in Parquet, as the Hugging Face hub lays them out, decoded once into memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from mkf.train.config import TrainConfig
 Batches = DataLoader[tuple[torch.Tensor, int]]
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "val", "validation")
+
+KEPT = 1 << 30
+"""Bytes of prepared images that `keep_if_small` keeps at most."""
 
 
 class ParquetImages(Dataset[tuple[torch.Tensor, int]]):
@@ -148,6 +151,12 @@ def evaluation_loader(
             raise ValueError(f"class {label} has {count} images in the {images.split} split, fewer than {per_class}")
         chosen += rng.choice(np.flatnonzero(images.labels == label), per_class, replace=False).tolist()
     return DataLoader(Subset(images, sorted(chosen)), 256)
+
+
+def keep_if_small(loader: Batches) -> Iterable[Any]:
+    """The batches, to look at many times: prepared once and kept up to a GiB, else prepared anew at each look."""
+    images: Any = loader.dataset
+    return list(loader) if len(images) * images[0][0].nbytes <= KEPT else loader
 
 
 def _files(folder: Path, splits: tuple[str, ...]) -> list[Path]:

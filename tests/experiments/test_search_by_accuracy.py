@@ -80,6 +80,22 @@ def test_autoencoder_and_network_run_on_the_device(run, colours, monkeypatch):  
         search_by_accuracy(mkf.bank.load("embedded"), run, colours, 2, per_class=4, device="meta")
 
 
+def test_images_that_are_many_are_not_kept(run, colours, monkeypatch):  # noqa: F811
+    options = {"per_class": 4, "steps": 1, "device": "cpu"}
+    bank, given = mkf.bank.load("embedded"), []
+    kept = search_by_accuracy(bank, run, colours, 2, **options)
+
+    def judge(network, images, **split):
+        given.append(images)
+        return Accuracy(network, images, **split)
+
+    monkeypatch.setattr("mkf.experiments.search_by_accuracy.Accuracy", judge)
+    monkeypatch.setattr("mkf.train.data.KEPT", 0)
+    assert search_by_accuracy(bank, run, colours, 2, **options).accuracy == kept.accuracy
+    assert len(given) == 2
+    assert not any(isinstance(images, list) for images in given)
+
+
 def test_a_network_without_filters_of_the_banks_size(run, colours):  # noqa: F811
     bank = mkf.FilterBank.from_layers([mkf.bank.Layer("l", torch.randn(40, 5, 5))], "m")
     with pytest.raises(ValueError, match=r"no depthwise nn\.Conv2d of 5x5"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mkf.train.data
 from mkf.train import ParquetImages, TrainConfig, evaluation_loader
 from mkf.train.data import TEST_SPLITS, count_classes, loaders
 from tests.train.conftest import WriteImages, png
@@ -169,6 +170,19 @@ def test_evaluation_loader_draws_the_same_images_of_each_class_every_time(colour
     assert {row.sum().item() for row in first} <= {row.sum().item() for row in everything}
     with pytest.raises(ValueError, match=r"class 0 has 12 images in the train split, fewer than 13"):
         evaluation_loader(images, images, 16, per_class=13)
+
+
+def test_batches_that_are_looked_at_often_are_kept_if_they_are_small(
+    colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ParquetImages(colours)
+    loader = evaluation_loader(images, images, 16, per_class=5)
+    monkeypatch.setattr(mkf.train.data, "KEPT", 10 * 3 * 16 * 16 * 4)
+    ((kept, _),) = mkf.train.data.keep_if_small(loader)
+    assert torch.equal(kept, next(iter(loader))[0])
+    assert isinstance(mkf.train.data.keep_if_small(loader), list)
+    monkeypatch.setattr(mkf.train.data, "KEPT", 10 * 3 * 16 * 16 * 4 - 1)
+    assert mkf.train.data.keep_if_small(loader) is loader
 
 
 def test_real_images(data_dir: Path) -> None:
