@@ -190,12 +190,17 @@ class FilterBank:
         return cls(chain.from_iterable(bank._shards for bank in banks))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank to a folder as a Parquet data set, which pyarrow, polars, DuckDB and `datasets` can read.
+        """Write the bank to a folder as a Parquet data set, which other tools read without mkf.
+
+            pyarrow.dataset.dataset("bank")
+            polars.scan_parquet("bank/**/*.parquet")
+            duckdb.sql("FROM 'bank/**/*.parquet'")
 
         The folder holds one data set per kernel size, partitioned by model, with a fixed-size list column `filter`
-        (k*k float32, row-major) and the metadata. Writing is atomic: a bank already there is replaced only once the new
-        one is complete, and survives any failure. A process that is killed can leave a hidden folder
-        `.NAME.saving-...` beside it, which may be deleted. Memory stays bounded, whatever the size of the bank.
+        (k*k float32, row-major) and the metadata; where there are several sizes, name one: `bank/kernel_size=7`.
+        Writing is atomic: a bank already there is replaced only once the new one is complete, and survives any failure.
+        A process that is killed can leave a hidden folder `.NAME.saving-...` beside it, which may be deleted. Memory
+        stays bounded, whatever the size of the bank.
 
         Raises:
             FileExistsError: The path is a file, or a folder that holds something else than a bank, or besides one.

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mkf.bank import FilterBank, Layer, storage
 
+README = Path(__file__).parents[2] / "README.md"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
@@ -117,6 +119,27 @@ def test_plain_arrow_reads_a_kernel_size_as_a_data_set(small_bank: FilterBank, t
         flat = zeta["filter"].combine_chunks().flatten().to_numpy()
         assert (flat == small_bank.select(k=7, model="zeta").filters.flatten().numpy()).all()
     assert pa.dataset.dataset(tmp_path / "bank", partitioning="hive").schema.names[0] == "filter"
+
+
+@pytest.mark.parametrize(
+    ("line", "filters"),
+    [
+        ('pyarrow.dataset.dataset("bank")', lambda data: data.to_table()["filter"].to_pylist()),
+        ('polars.scan_parquet("bank/**/*.parquet")', lambda frame: frame.collect()["filter"].to_list()),
+        ("duckdb.sql(\"FROM 'bank/**/*.parquet'\")", lambda found: [list(row[0]) for row in found.fetchall()]),
+    ],
+)
+def test_other_tools_read_a_bank_by_the_lines_that_are_shown(
+    small_bank: FilterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, filters: Callable[[Any], Any]
+) -> None:
+    assert line in str(FilterBank.save.__doc__)
+    assert line in README.read_text()
+    name = line.split(".")[0]
+    tool = pytest.importorskip(name)
+    bank = small_bank.select(k=7)
+    bank.save(tmp_path / "bank")
+    monkeypatch.chdir(tmp_path)
+    assert sorted(filters(eval(line, {name: tool}))) == sorted(bank.filters.flatten(1).tolist())
 
 
 def test_opening_and_counting_read_no_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
