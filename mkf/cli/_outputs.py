@@ -75,3 +75,17 @@ def _probe(path: Path, what: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise OSError(f"{what}: the folder {path} cannot be written ({error.strerror})") from error
+
+
+def not_in_a_bank(path: Path, option: str) -> None:
+    """Refuse to write into a saved bank, over its data or beside them: a bank with other files is not replaced.
+
+    Raises:
+        ValueError: The path, or a folder above it, is a bank.
+    """
+    from mkf.bank.storage import is_bank
+
+    place = path.expanduser().resolve()
+    for above in (place, *place.parents):
+        if is_bank(above):
+            raise ValueError(f"{option} {path}: {above} is a bank, which holds nothing else: choose a place outside it")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
 from mkf.cli._console import stdout
 from mkf.cli._errors import user_errors
 
@@ -35,8 +36,14 @@ def build(
     """
     from rich.console import Console
 
+    from mkf.bank.storage import refuse_other_things, settle
+
     console = Console(stderr=True)
     with user_errors():
+        folder = settle(out)  # what is wrong with it is told now, and not after all the work
+        refuse_other_things(folder)
+        _outputs.not_in_a_bank(folder.parent, "--out")
+        _outputs.folder(folder.parent, "--out")
         if "paper54" in sources:
             _build_paper54(sources, out, pretrained, files, console)
         elif files is not None:
@@ -63,10 +70,8 @@ def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> Non
     from rich.progress import track
 
     from mkf.bank import FilterBank, load
-    from mkf.bank.storage import refuse_other_things, settle
     from mkf.cli._sources import refuse_twins
 
-    refuse_other_things(settle(out))  # now, and not after all the work
     words = list(dict.fromkeys(sources))  # each is read once, as by the other commands
     banks = {word: load(word, pretrained) for word in track(words, "Collecting filters", console=console)}
     refuse_twins(banks)

@@ -39,6 +39,7 @@ def matched_keys(
     with user_errors():
         from mkf.experiments.matched_keys import match_keys
 
+        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
         with _bar("training") as progress:
             bank = _sources.trained(sources, size, pretrained)
@@ -71,6 +72,7 @@ def search_by_accuracy(
     with user_errors():
         from mkf.experiments.search_by_accuracy import search_by_accuracy as run
 
+        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
         with _bar("eliminating") as progress:
             bank = _sources.trained(sources, size, pretrained)

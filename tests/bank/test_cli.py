@@ -55,6 +55,18 @@ def test_build_takes_up_a_bank_that_a_killed_run_had_moved_aside(small_bank: Fil
     assert FilterBank.open(tmp_path / "bank").models == ("zeta", "alpha", "net")
 
 
+def test_build_tells_before_it_collects_that_the_place_cannot_be_written(
+    small_bank: FilterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mkf.bank.load", None)
+    (tmp_path / "file").touch()
+    small_bank.save(tmp_path / "old")
+    for words in (("convnextv2_atto",), ("paper54", "--files", tmp_path)):
+        for out, message in (("file/bank", "this is a file; name a folder"), ("old/sub", "old is a bank, which holds")):
+            code, _, err = mkf_bank("build", *words, "--out", tmp_path / out)
+            assert (code, err[:6], message in err) == (1, "error:", True), err
+
+
 def test_build_untrained(tmp_path: Path) -> None:
     code, out, err = mkf_bank("build", "convnextv2_atto", "--no-pretrained", "--out", tmp_path / "bank")
     assert code == 0, err

@@ -137,6 +137,7 @@ def test_bad_options(bank_dir: Path, tmp_path: Path) -> None:
     file.write_text("")
     assert "this is a file; name a folder" in refused(bank_dir, "--out", file)
     assert "file" in refused(bank_dir, "--out", file / "below")
+    assert "is a bank, which holds nothing else" in refused("embedded", "--out", bank_dir)
 
 
 def test_keys_and_filters_of_different_size(tmp_path: Path) -> None:

@@ -100,6 +100,21 @@ def test_a_checkpoint(data_dir: Path, out: Path) -> None:
     assert pq.read_metadata(out).num_rows == 200
 
 
+@pytest.mark.parametrize("inside", ["kernel_size=7/model=m/part-00000.parquet", "fit.parquet", "new/fit.parquet"])
+def test_a_bank_is_not_written_into(bank_dir: Path, inside: str) -> None:
+    before = {path: path.is_file() and path.read_bytes() for path in bank_dir.rglob("*")}
+    assert f"{bank_dir} is a bank, which holds nothing else" in refused(bank_dir, "--out", bank_dir / inside)
+    assert {path: path.is_file() and path.read_bytes() for path in bank_dir.rglob("*")} == before
+
+
+def test_the_place_is_tried_before_anything_is_fitted(
+    bank_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mkf.bank.load", None)
+    (tmp_path / "file").touch()
+    assert "this is a file; name a folder" in refused(bank_dir, "--out", tmp_path / "file" / "fit.parquet")
+
+
 def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> None:
     assert "nothing.npy" in refused("nothing.npy", "--out", out)
     assert "no file or folder no/bank" in refused("no/bank", "--out", out)

@@ -87,6 +87,7 @@ def test_refusals(bank_dir: Path, tmp_path: Path) -> None:
         (["analytic:Z"], "the methods are"),
         ([bank_dir, "--out", "x.txt"], "must end in .csv or .json"),
         ([bank_dir, "--out", tmp_path / "none" / "x.csv"], "there is no folder"),
+        ([bank_dir, "--out", bank_dir / "x.csv"], "is a bank, which holds nothing else"),
     ):
         result = identify(*arguments)
         assert result.exit_code == 1

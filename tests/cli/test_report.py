@@ -68,6 +68,8 @@ def test_refusals(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
             "choose keys of that size, as analytic:B:7",
         ),
         ([bank_dir, "--out", tmp_path / "page.html", "--png", picture], "this is a file; name a folder"),
+        ([bank_dir, "--out", bank_dir / "page.html"], "is a bank, which holds nothing else"),
+        ([bank_dir, "--out", tmp_path / "page.html", "--pdf", bank_dir / "new"], "is a bank, which holds nothing else"),
         (["no/such/bank", "--out", tmp_path / "page.html", "--image", picture], "there is no file or folder"),
         ([bank_dir, "--out", tmp_path / "page.html", "--image", tmp_path / "none.png"], "none.png"),
     ):

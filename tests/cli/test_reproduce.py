@@ -29,6 +29,7 @@ def test_matched_keys(tmp_path: Path) -> None:
     result = run(*words, "--out", tmp_path / "file")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
+    assert "is a bank, which holds nothing else" in run(*words, "--out", tmp_path / "bank" / "new").stderr
 
 
 def test_search_by_accuracy(tmp_path: Path, colours: Path) -> None:  # noqa: F811

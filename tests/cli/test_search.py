@@ -194,6 +194,8 @@ def test_what_cannot_be_written_is_refused_before_the_search(bank_dir: Path, out
         words = (bank_dir, "--objective", "residual", "--out", out, option)
         assert "this is a file; name a folder" in refused(*words, tmp_path / "file")
         assert "cannot be made" in refused(*words, tmp_path / "file" / "below")
+        assert "is a bank, which holds nothing else" in refused(*words, bank_dir / "new")
+    assert "is a bank, which holds nothing else" in refused(bank_dir, "--out", bank_dir / "keys.safetensors")
     if Path("/proc/self").is_dir():  # where nobody may make a file, not even root
         assert "the folder /proc cannot be written" in refused(bank_dir, "--out", "/proc/keys.safetensors")
     assert not out.exists()
