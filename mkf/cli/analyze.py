@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 
@@ -52,8 +52,10 @@ def command(
         console = stdout()
         if layers:
             for table in report.layer_tables(analysis):
-                console.print(table, "")
-        console.print(report.model_table(analysis), "")
+                print_table(console, table)
+                console.print()
+        print_table(console, report.model_table(analysis))
+        console.print()
         for line in report.notes(analysis):
             console.print(line, soft_wrap=not console.is_terminal)
         if controls := len(analysis.models) - len(analysis.trained.models):

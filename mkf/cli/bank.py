@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from mkf.cli import _outputs
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 app = typer.Typer(help="Build filter banks and look at them.", no_args_is_help=True)
@@ -114,4 +114,4 @@ def _print_models(folder: Path) -> None:
         k = row["kernel_size"]
         counts = str(row["layer_count"]), str(row["filters_sum"])
         table.add_row(*map(Text, (row["model"], f"{k}x{k}", *counts, row["licence"], row["source"])))
-    stdout().print(table)
+    print_table(stdout(), table)

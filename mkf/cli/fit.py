@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def command(
                 f"combinations of {topk or len(key_set)} keys: residual {mean:.3f}, std {std:.3f}, median {median:.3f}"
             )
         else:
-            console.print(_table(statistics, key_set))
+            print_table(console, _table(statistics, key_set))
         count, k = int(statistics.filters.sum()), key_set.kernel_size
         apart = f"{statistics.dead[0]} constant and {statistics.not_finite[0]} not finite, counted apart"
         itemsize = getattr(filters, "itemsize", 4)  # of an array; a bank's are float32

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def command(
                 filters = _open(source, pretrained)
                 if isinstance(filters, KeySet):
                     found = identify(filters)
-                    console.print(_key_table(source, filters, found), "")
+                    print_table(console, _key_table(source, filters, found))
+                    console.print()
                     rows.append(_rows(found, {"source": [source] * len(filters), "key": filters.names}))
                     continue
                 if not len(filters):
@@ -83,7 +84,8 @@ def command(
                     of_size = filters.select(k=k)
                     progress.update(task, description=f"{source} {k}x{k}")
                     found = identify(of_size, progress=show)
-                    console.print(_bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found, k), "")
+                    print_table(console, _bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found, k))
+                    console.print()
                     if out is not None:
                         metadata = of_size.metadata
                         where = {name: metadata[name] for name in ("model", "layer", "channel", "kernel_size")}

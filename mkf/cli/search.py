@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _report(
     ):
         table.add_row(name, f"{count:,}", f"{share:.1%}", f"{mean:.3f}" if count else "-")
     table.add_row("all", f"{statistics.count.sum():,}", "", f"{statistics.over_keys().mean[0, 0]:.3f}")
-    console.print(table)
+    print_table(console, table)
     if left_out := statistics.dead.sum() + statistics.not_finite.sum():
         console.print(f"Constant or not finite, under no key: {left_out:,}")
 

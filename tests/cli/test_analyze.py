@@ -52,6 +52,14 @@ def test_the_embedded_bank_is_the_default() -> None:
     assert "Untrained networks, 2 here, are part of all sums" in result.stdout
 
 
+def test_names_are_whole_where_the_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mkf.cli._console._PIPED_WIDTH", 40)
+    result = analyze("embedded")
+    assert "…" not in result.stdout
+    for name in (*FilterBank.embedded().models, "stages.2.blocks.0.conv_dw"):
+        assert f"\n{name} " in result.stdout
+
+
 def test_a_saved_bank(bank_dir: Path) -> None:
     result = analyze(bank_dir)
     assert result.exit_code == 0, result.output
