@@ -165,7 +165,6 @@ def _processor() -> str:
 
 def write(results: list[Result], path: Path) -> None:
     """Write results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = [asdict(result) for result in results]
     for record in records:
         for row in record["rows"]:

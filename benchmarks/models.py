@@ -99,12 +99,17 @@ def run(
     weights frozen, channels-last", and the baseline. `train` is of the layers with keys.
 
     Raises:
-        ValueError: No name starts so.
+        ValueError: No name starts so, or the model takes no images of this size.
     """
     train = tuple(train)
     torch.manual_seed(0)
     model = create(name, pretrained=False).model.to(dtype)
     images, labels = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(0, 10, (batch,))
+    try:
+        with torch.inference_mode():
+            model.eval()(images[:1])
+    except (RuntimeError, AssertionError) as error:  # torch's and timm's ways to refuse an image, as a small one
+        raise ValueError(f"{name} takes no images of {size}x{size}: {error}") from error
     baseline = f"{NONE}, channels-last"
     wanted = None if names is None else (baseline, *names)
     found: dict[str, Callable[[], object]] = {}

@@ -342,6 +342,21 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+@_drawn
+def check(path: Path) -> None:
+    """Tell whether `save` can write a figure of that name, before there is one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib knows no format of that suffix.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"{path}: a figure's name must end in one of {', '.join(f'.{name}' for name in known)}")
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure in inches. Without pyplot: no window, no global state, nothing to close."""
     from matplotlib.figure import Figure

@@ -1,5 +1,6 @@
 """What goes wrong ends in one message, never in a traceback."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 import typer
 from safetensors import SafetensorError
 
-from mkf.kernels.registry import BackendError
+_NO_MEMORY = re.compile("out of memory|allocate|Storage size")
+"""What torch says in a RuntimeError, which on a CPU is a plain one, where there is not the memory for a tensor."""
 
 
 @contextmanager
@@ -17,15 +19,30 @@ def user_errors() -> Iterator[None]:
         warnings.simplefilter("default")
         try:
             yield
-        except (ValueError, TypeError, OSError, ImportError, BackendError, SafetensorError) as error:
+        except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError, SafetensorError) as error:
+            message = _message(error)
+            if message is None:
+                raise
             _print_notes(caught)
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interrupt:
             told = ["interrupted", *getattr(interrupt, "__notes__", [])]  # a note may say how to go on
             typer.secho("; ".join(told), fg=typer.colors.YELLOW, err=True)
             raise typer.Exit(130) from None  # as shells have it for Ctrl-C
         _print_notes(caught)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell of an error; None where the user cannot have caused it."""
+    from mkf.kernels.registry import BackendError  # not before it is needed, as it brings torch
+
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        return "there is not enough memory" + (f" for {wanted[1]}" if wanted else "")
+    if isinstance(error, RuntimeError) and not isinstance(error, BackendError):
+        return None
+    return str(error)
 
 
 def _print_notes(caught: list[warnings.WarningMessage]) -> None:

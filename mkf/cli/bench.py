@@ -6,6 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mkf.cli import _outputs
+from mkf.cli._console import print_table, stdout
+from mkf.cli._errors import user_errors
+
 app = typer.Typer(help="Time mkf against its peers; ratios in one run on this machine.", no_args_is_help=True)
 
 
@@ -23,14 +27,13 @@ def fit(
 ) -> None:
     """Time `affine_fit` relative to one read of the filters (`filters.sum()`), and the peers beside it."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from mkf.benchmarks import affine_fit, measure
-    from mkf.cli._errors import user_errors
 
-    console = Console()
+    console = stdout()
     with user_errors():
+        _check(json, figure)
         if dtype not in affine_fit.DTYPES:
             raise ValueError(f"--dtype {dtype}: use one of {', '.join(affine_fit.DTYPES)}")
         if k not in (3, 5, 7, 9, 11):
@@ -50,7 +53,7 @@ def fit(
                     row.name, f"{row.seconds * 1e3:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f} to {row.high:.2f}",
                     f"{size / row.seconds / 1e9:.1f}",
                 )  # fmt: skip
-            console.print(table)
+            print_table(console, table)
             results.append(result)
         if json is not None:
             measure.write(results, json)
@@ -84,15 +87,14 @@ def conv(
     "of the copy" is the fraction of the speed at which the activations can be copied, which no layer can exceed.
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from mkf.benchmarks import key_conv2d as suite
     from mkf.benchmarks import measure
-    from mkf.cli._errors import user_errors
 
-    console = Console(highlight=False)
+    console = stdout()
     with user_errors():
+        _check(json, figure)
         shapes = [_shape(word) for word in shape] if shape else suite.SHAPES
         cases = [name for name in suite.CASES if not case or name.startswith(tuple(case))]
         if not cases:
@@ -123,7 +125,7 @@ def conv(
                 best = [r.row(suite.fastest(r, suite.MKF)) for r in own]
                 table.add_row("mkf, ms", *(f"{row.seconds * 1e3:.3f}" for row in best), "")
                 table.add_row("mkf, of the copy", *(f"{100 / row.ratio:.0f} %" for row in best), "")
-            console.print(table)
+            print_table(console, table)
         if json is not None:
             measure.write(results, json)
         if figure is not None:
@@ -152,17 +154,16 @@ def model(
 ) -> None:
     """Time a whole network with keys, with its peers, and without depthwise layers, the ceiling."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from mkf.benchmarks import measure
     from mkf.benchmarks import models as suite
     from mkf.benchmarks.key_conv2d import fastest
-    from mkf.cli._errors import user_errors
     from mkf.keys import parse
 
-    console = Console(highlight=False)
+    console = stdout()
     with user_errors():
+        _check(json, figure)
         if threads:
             torch.set_num_threads(threads)
         mode = "inference" if inference else "training"
@@ -183,11 +184,23 @@ def model(
             table.add_row(
                 row.name, f"{row.seconds * 1e3:.1f}", f"{batch / row.seconds:.1f}", f"{row.ratio:.2f}", removed
             )
-        console.print(table)
+        print_table(console, table)
         if json is not None:
             measure.write([result], json)
         if figure is not None:
             _draw({title: suite.times_as_long(result)}, "times as long as without depthwise layers", figure)
+
+
+def _check(json: Path | None, figure: Path | None) -> None:
+    """Refuse now, and not after the measurement, what cannot be written."""
+    for option, path in (("--json", json), ("--figure", figure)):
+        if path is not None:
+            _outputs.not_in_a_bank(path, option)
+            _outputs.file(path, option)
+    if figure is not None:
+        from mkf.analysis import figures
+
+        figures.check(figure)
 
 
 def _draw(panels: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:

@@ -6,8 +6,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mkf.benchmarks import measure, models
+import mkf
+from mkf.benchmarks import affine_fit, key_conv2d, measure, models
 from mkf.cli import app
+from mkf.cli._errors import user_errors
 
 
 def test_bench_fit_writes_table_results_and_figure(tmp_path):
@@ -60,23 +62,54 @@ def test_bench_conv_writes_table_results_and_figure(tmp_path):
         (["conv", "--only", "nonsense", "--rounds", "1"], "mkf, NCHW"),
         (["conv", "--only", "nn.Conv2d", "--figure", "conv.png"], "add --only mkf"),
         (["model", "convnext_atto", "--size", "64", "--only", "nonsense"], "weights frozen"),
+        (["model", "test_convnext", "--size", "2"], "test_convnext takes no images of 2x2: "),
+        (["fit", "--filters", 10**15], "there is not enough memory for 196000000000000000 bytes"),
+        (["fit", "--filters", 10**17], "there is not enough memory"),
+        (["conv", "--shape", "1,8,300000000", "--case", "published"], "there is not enough memory"),
     ],
 )
 def test_bench_refuses_what_it_cannot_time(words, message):
-    result = CliRunner().invoke(app, ["bench", *words])
+    result = CliRunner().invoke(app, ["bench", *map(str, words)])
     assert result.exit_code == 1
     assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("words", [["fit"], ["conv"], ["model", "convnext_atto"]])
+def test_bench_tells_before_it_measures_what_cannot_be_written(words, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for suite in (affine_fit, key_conv2d, models):
+        monkeypatch.setattr(suite, "run", None)
+    for option, name, message in (
+        ("--json", "none/x.json", "there is no folder"),
+        ("--json", "", "this is a folder; name a file"),
+        ("--figure", "none/x.png", "there is no folder"),
+        ("--figure", "x.xyz", "a figure's name must end in one of "),
+        ("--figure", "x", "a figure's name must end in one of "),
+    ):
+        result = CliRunner().invoke(app, ["bench", *words, option, str(tmp_path / name)])
+        assert result.exit_code == 1
+        assert message in result.stderr.replace("\n", " ")
+
+
+def test_errors_that_are_not_the_user_s_are_raised():
+    with pytest.raises(RuntimeError, match="ours"), user_errors():
+        raise RuntimeError("ours")
 
 
 def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(models, "keep_memory", lambda: True)  # the other tests want theirs back
     out, figure = tmp_path / "model.json", tmp_path / "model.svg"
+    monkeypatch.chdir(tmp_path)
+    mkf.keys.analytic("B").save("keys[b].safetensors")
     words = ["bench", "model", "convnext_atto", "--train", "bias", "--batch", "1", "--size", "32", "--rounds", "1"]
+    words += ["--keys", "keys[b].safetensors"]
     words += ["--only", "mkf, channels-last", "--only", "nn.Conv2d, weights frozen, channels-last"]
     result = CliRunner().invoke(app, [*words, "--json", str(out), "--figure", str(figure)])
     assert result.exit_code == 0, result.output
     assert "%" in result.output
+    assert "keys[b].safetensors" in result.output
     (written,) = json.loads(out.read_text())
     assert written["problem"]["train"] == ["bias"]
     names = ["mkf, channels-last", "nn.Conv2d, weights frozen, channels-last"]
