@@ -67,8 +67,9 @@ def notes(analysis: Analysis) -> list[str]:
     counted = f"{_plural(analysis.tally.filters, 'filter')} of {size}"
     lines = [f"{counted} in {_plural(layers, 'layer')} of {_plural(models, 'model')}."]
     lines.append(f"Keys: {keys.provenance or len(keys)}.")
-    if len(keys) <= _KEY_COLUMNS:
-        lines.append("; ".join(f"{number} {name}" for number, name in enumerate(key_labels(keys), 1)) + ".")
+    labelled = [f"{number} {label}" for number, label in enumerate(key_labels(keys), 1) if label != str(number)]
+    if labelled and len(keys) <= _KEY_COLUMNS:
+        lines.append("; ".join(labelled) + ".")
     for k, number in analysis.left_out.items():
         lines.append(f"Left out: {_plural(number, 'filter')} of {k}x{k}, because the keys are {size}.")
     if broken := analysis.non_finite:

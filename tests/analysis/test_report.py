@@ -81,6 +81,13 @@ def test_notes_name_what_is_wrong(analysis: Analysis) -> None:
     assert "random keys" in text
 
 
+def test_keys_that_are_only_numbered_have_no_labels(analysis: Analysis) -> None:
+    alike = report.notes(analyse(bank_of(noise(5, 7, 7)), mkf.KeySet(KEYS.filters)))
+    assert not any(line.startswith("1 ") for line in alike)
+    named = mkf.KeySet(KEYS.filters[:3], names=["1", "mine", "3"])
+    assert "2 mine." in report.notes(analyse(bank_of(noise(5, 7, 7)), named))
+
+
 def test_the_files(analysis: Analysis, tmp_path: Path) -> None:
     written = report.write(analysis, tmp_path / "new" / "folder")
     assert [path.name for path in written] == ["analysis.json", "models.csv", "layers.csv", "families.csv", "keys.csv"]
