@@ -17,7 +17,9 @@ Sources = Annotated[
     list[str],
     typer.Argument(metavar=f"{_sources.METAVAR}...", help="Where the filters come from, any number and mix."),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the figures.")]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for what is found, and what a killed search goes on from.")
+]
 Size = Annotated[int | None, typer.Option(help="Kernel size, if the sources hold several.")]
 Keys = Annotated[int, typer.Option(help="How many keys.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random draws.")]
@@ -41,9 +43,9 @@ def matched_keys(
 
         _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
-        with _bar("training") as progress:
+        with _bar("searching") as progress:
             bank = _sources.trained(sources, size, pretrained)
-            found = match_keys(bank, keys, seed, steps=steps, progress=progress)
+            found = match_keys(bank, keys, seed, steps=steps, state=out / "state", progress=progress)
         console = stdout()
         for line in found.lines():
             console.print(line, soft_wrap=True)
@@ -57,9 +59,7 @@ def search_by_accuracy(
     data: Annotated[
         Path, typer.Option(help="Its data folder: searched on the training split, tested on the test split.")
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for figure, keys and what a killed search goes on from.")
-    ],
+    out: Out,
     keys: Keys = 8,
     per_class: Annotated[int, typer.Option(min=1, help="Training images of each class that judge the keys.")] = 100,
     size: Size = None,

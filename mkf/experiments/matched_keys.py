@@ -63,6 +63,7 @@ def match_keys(
     seed: int = 0,
     *,
     steps: int = 3000,
+    state: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MatchedKeys:
     """Search a bank's k keys by clusters and by autoencoder, and match the latter, and known keys, to the former.
@@ -75,7 +76,9 @@ def match_keys(
         k: Number of keys, 1 to 8.
         seed: Of both searches.
         steps: Training steps of the autoencoder at most.
-        progress: Called as `progress(done, steps)` while it trains.
+        state: A folder from which a search that was killed goes on.
+        progress: Called as `progress(done, total)`, in restarts of the clusters, steps of the autoencoder and
+            candidates left out and judged, in each round anew.
 
     Raises:
         ValueError: k is more than there are known keys, and what the searches refuse.
@@ -84,9 +87,9 @@ def match_keys(
     known = {"paper8": paper8()} if size == 7 else {"analytic B": analytic("B", size)}
     if k > len(next(iter(known.values()))):
         raise ValueError(f"k={k}: there are 8 known keys to match, so ask for 1 to 8")
-    by_clusters = clusters(bank, k, seed).keys
-    coder = autoencoder(bank, seed=seed, steps=steps, progress=progress)
-    _, second = two_rounds(coder, k, Residual(bank))
+    by_clusters = clusters(bank, k, seed, progress=progress).keys
+    coder = autoencoder(bank, seed=seed, steps=steps, state=state and state / "autoencoder.pt", progress=progress)
+    _, second = two_rounds(coder, k, Residual(bank), state=state, progress=progress)
     others, cosines = {}, {}
     for name, keys in {"autoencoder": second.keys, **known}.items():
         pairs = match(by_clusters, keys)

@@ -24,7 +24,11 @@ def test_matched_keys(tmp_path: Path) -> None:
     result = run(*words, "--out", tmp_path / "new" / "folder")
     assert result.exit_code == 0, result.output
     assert "clusters and paper8: mean |cos|" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["code_axis.png", "search_keys.png"]
+    written = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert written == ["code_axis.png", "search_keys.png", "state"]
+    again = run(*words, "--out", tmp_path / "new" / "folder")
+    assert again.stdout == result.stdout
+    assert "belongs to another" in run(*words, "--seed", 1, "--out", tmp_path / "new" / "folder").stderr
     (tmp_path / "file").touch()
     result = run(*words, "--out", tmp_path / "file")
     assert result.exit_code == 1

@@ -1,5 +1,7 @@
 """The keys of two ways, matched."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,19 @@ def test_the_lines_and_figures_tell_it(found, tmp_path):
     assert f"{found.cosines['paper8'][3]:.3f})" in paper
     assert [path.name for path in found.draw(tmp_path)] == ["search_keys.png", "code_axis.png"]
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path, monkeypatch):
+    filters = torch.randn(60, 5, 5, generator=torch.Generator().manual_seed(0))
+    bank = FilterBank.from_layers([Layer("l", filters)], "m")
+    told = []
+    found = match_keys(bank, 2, steps=200, state=tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert (4, 4) in told, "restarts of the clusters"
+    assert (200, 200) in told, "steps of the autoencoder"
+    assert told[-1] not in ((4, 4), (200, 200)), "and candidates judged"
+    monkeypatch.setattr(sys.modules["mkf.search.autoencoder"]._Training, "round", None)
+    again = match_keys(bank, 2, steps=200, state=tmp_path)
+    assert torch.equal(again.others["autoencoder"].filters, found.others["autoencoder"].filters)
 
 
 def test_other_sizes_are_matched_to_analytic_keys_and_nine_keys_to_none():
