@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
@@ -67,31 +67,26 @@ def info(
 
 
 def _build(sources: list[str], out: Path, pretrained: bool, console: Any) -> None:
-    from rich.progress import track
-
     from mkf.bank import FilterBank, load
-    from mkf.cli._sources import refuse_twins
 
     words = list(dict.fromkeys(sources))  # each is read once, as by the other commands
-    banks = {word: load(word, pretrained) for word in track(words, "Collecting filters", console=console)}
-    refuse_twins(banks)
+    with _sources.bars(console) as progress:
+        banks = {word: load(word, pretrained) for word in progress.track(words, description="collecting filters")}
+    _sources.refuse_twins(banks)
     FilterBank.concat(banks.values()).save(out)
 
 
 def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path | None, console: Any) -> None:
-    from rich.progress import Progress
-
     from mkf.bank import paper54
 
     if len(sources) > 1 or not pretrained:
         raise ValueError("paper54 is a list of its own: it goes with no other source and with trained weights only")
-    with Progress(console=console) as bar:
+    with _sources.bars(console) as bar:
         task = bar.add_task("paper54", total=len(paper54.ENTRIES))
         done = iter(range(len(paper54.ENTRIES)))
         result = paper54.build(
             out, files, lambda entry: bar.update(task, description=entry.name, completed=next(done), refresh=True)
         )
-        bar.update(task, description="paper54", completed=len(paper54.ENTRIES))
     for name, reason in result.missing.items():
         console.print(f"missing: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     built = len(paper54.ENTRIES) - len(result.missing)

@@ -104,6 +104,8 @@ def _open(source: str, pretrained: bool) -> Any:
     if not source.endswith(".npy"):
         return load(source, pretrained)
     path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:

@@ -51,6 +51,8 @@ def command(
         _outputs.not_in_a_bank(out, "--out")
         _outputs.file(out, "--out")
         _outputs.not_an_input(out, "--out", *(sources or []), keys, *([image] if image else []))
+        if image is not None and not image.is_file():
+            raise FileNotFoundError(f"--image {image}: there is no such file")
         folders = {".pdf": pdf, ".png": png}
         for suffix, folder in folders.items():
             if folder is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._errors import user_errors
 from mkf.train import TrainConfig
 
@@ -58,14 +58,14 @@ def command(
     options = dict(locals())
     with user_errors():
         from rich.console import Console
-        from rich.progress import Progress
 
         from mkf.train import EpochRecord, train
 
         options |= {"data": str(data), "out": str(out), "model_kwargs": _parse_kwargs(model_kwargs or [])}
         config = TrainConfig(**options)
+        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with _sources.bars(Console(stderr=True)) as progress:
             task = progress.add_task("reading", total=None)
 
             def on_step(done: int, steps: int) -> None:

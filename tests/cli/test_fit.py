@@ -116,7 +116,7 @@ def test_the_place_is_tried_before_anything_is_fitted(
 
 
 def test_errors_are_one_message(bank_dir: Path, out: Path, tmp_path: Path) -> None:
-    assert "nothing.npy" in refused("nothing.npy", "--out", out)
+    assert "error: there is no file nothing.npy" in refused("nothing.npy", "--out", out)
     assert "no file or folder no/bank" in refused("no/bank", "--out", out)
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
     assert "broken.npy is no complete array" in refused(tmp_path / "broken.npy", "--out", out)

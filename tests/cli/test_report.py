@@ -71,7 +71,7 @@ def test_refusals(bank_dir: Path, picture: Path, tmp_path: Path) -> None:
         ([bank_dir, "--out", bank_dir / "page.html"], "is a bank, which holds nothing else"),
         ([bank_dir, "--out", tmp_path / "page.html", "--pdf", bank_dir / "new"], "is a bank, which holds nothing else"),
         (["no/such/bank", "--out", tmp_path / "page.html", "--image", picture], "there is no file or folder"),
-        ([bank_dir, "--out", tmp_path / "page.html", "--image", tmp_path / "none.png"], "none.png"),
+        ([bank_dir, "--out", tmp_path / "page.html", "--image", tmp_path / "none.png"], "there is no such file"),
     ):
         result = report(*arguments)
         assert result.exit_code == 1

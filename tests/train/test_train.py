@@ -41,6 +41,11 @@ def config(folder: Path, out: str, **changes: Any) -> TrainConfig:
     return replace(base, **changes)
 
 
+def test_a_pipe_gets_the_error_and_nothing_else(tmp_path: Path) -> None:
+    words = ["train", "--model", "ConvMixer", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    assert CliRunner().invoke(app, words).stderr == f"error: no data folder {tmp_path / 'none'}\n"
+
+
 def cli(folder: Path, out: Path, *more: str) -> tuple[int, str, str]:
     """Run `mkf train` on one epoch of two steps; return the exit code, stdout and stderr."""
     words = ["train", "--model", "ConvMixer", "--data", str(folder), "--out", str(out), "--image-size", "16"]
