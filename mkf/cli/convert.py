@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs
-from mkf.cli._console import stdout
+from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _print_layers(fits: dict[str, AffineFit], keys: int, console: Any) -> None:
         live = fit.residual[(fit.scale != 0) | (fit.residual != 0)]
         mean, worst = (f"{live.mean():.3f}", f"{live.max():.3f}") if len(live) else ("-", "-")
         table.add_row(name, str(len(fit.index)), f"{len(fit.index.unique())} of {keys}", mean, worst)
-    console.print(table, "")
+    print_table(console, table)
+    console.print()
 
 
 def _print_left_alone(state: dict[str, Any], fits: dict[str, AffineFit], console: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mkf.bank.checkpoint import state_dict
+from mkf.bank import checkpoint
 from mkf.keys import parse
 from mkf.nn import convert
 from mkf.train.config import TrainConfig
@@ -76,14 +76,11 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Another file of weights.
+        ValueError: Another file of weights, or a damaged one.
     """
-    from safetensors import safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no finished run of mkf train: {path.name} is missing")
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, str] = file.metadata() or {}
+    metadata = checkpoint.metadata(path)
     if "model_kwargs" not in metadata:
         raise ValueError(f"{path} does not say how its network is built: mkf train did not write it")
     kwargs = json.loads(metadata["model_kwargs"])
@@ -91,12 +88,12 @@ def load_weights(path: Path) -> tuple[nn.Module, dict[str, str]]:
     size = int(metadata["image_size"])
     config = TrainConfig(model=metadata["model"], model_kwargs=kwargs, data="", out="", image_size=size)
     model = build_model(config, classes)
-    model.load_state_dict(state_dict(path))
+    model.load_state_dict(checkpoint.state_dict(path))
     return model.eval(), metadata
 
 
 def _load(model: nn.Module, path: str) -> None:
     try:
-        model.load_state_dict(state_dict(path))
+        model.load_state_dict(checkpoint.state_dict(path))
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
