@@ -121,9 +121,11 @@ def identify(filters: Any, *, progress: stream.Progress | None = None) -> Identi
 
     The second estimate of the scales needs no fit, only the kind: the energy e = (f - m)^2, m the median of the
     window's outermost taps, has a variance along each axis, sum(e (c - mean(c))^2) / sum(e), which for a separable kind
-    depends on that axis' scale alone and grows with it. It is looked up in the same window. That is exact for a filter
-    that fades out before the border (s up to about 1 in 7 x 7), rough for wider ones and for noisy small scales, and
-    does not exist (NaN) for the difference of Gaussians, whose alpha it cannot tell from s.
+    depends on that axis' scale alone. It is looked up in the same window. That is exact for a filter that fades out
+    before the border (s up to about 1 in 7 x 7), rough for wider ones and for noisy small scales, and does not exist
+    (NaN) where the variance does not grow with the scale: along the axis of a second difference, where it first
+    shrinks, and of a central difference in 3 x 3, where it is always 1; nor for the difference of Gaussians,
+    whose alpha it cannot tell from s.
 
     Args:
         filters: (N, k, k) or (N, k * k), k odd, 3 to 11: a tensor, a numpy array, a `KeySet` or a `FilterBank` of one
@@ -359,8 +361,13 @@ def _variance(energy: Tensor) -> Tensor:
 
 
 def _scale_of_spread(spread: Tensor, profile: str, k: int) -> Tensor:
-    """The scale whose profile has that variance of energy, by linear interpolation in a table; within its range."""
+    """The scale whose profile has that variance of energy, by linear interpolation in a table; within its range.
+
+    NaN where the variance does not grow with the scale, so that it tells none.
+    """
     scales, variances = _spreads(profile, k)
+    if len(scales) == 1:
+        return torch.full_like(spread, torch.nan)
     return torch.from_numpy(np.interp(spread.numpy(force=True), variances, scales)).to(spread.device)
 
 
@@ -371,6 +378,7 @@ def _spreads(profile: str, k: int) -> tuple[NDArray[np.float64], NDArray[np.floa
 
     scales = np.linspace(0, max_scale(k), 401)
     variances = np.array([_variance(profile_values(profile, s, k).square()[None])[0].item() for s in scales])
+    variances = variances.round(12)  # so that rounding is no growth where the variance is the same at all scales
     grows = np.append(np.maximum.accumulate(variances)[:-1] < variances[1:], False)
     until = int(np.argmin(grows)) + 1
     return scales[:until], variances[:until]

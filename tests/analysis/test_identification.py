@@ -215,12 +215,22 @@ def test_turning_a_filter_turns_its_kind(kind: str, axis: str) -> None:
 def test_moments_are_a_second_estimate() -> None:
     filters, kinds, scales, *_ = planted(1000, 11, 0.0, seed=3)
     found = identify(filters)
-    separable = kinds != DOG
-    assert np.isnan(found.moment_scale_x[~separable]).all()
-    error = np.stack([found.moment_scale_x, found.moment_scale_y], 1)[separable] - scales[separable]
-    narrow = scales[separable].max(1) < 1
-    first = np.char.find(kinds[separable], "second") < 0  # energy of second differences has two humps and can shrink
-    assert np.abs(error[narrow & first]).max() < 0.02
+    moments = np.stack([found.moment_scale_x, found.moment_scale_y], 1)
+    none = np.stack([np.isin(kinds, [DOG, f"second difference in {axis}"]) for axis in "xy"], 1)
+    assert (np.isnan(moments) == none).all()
+    narrow = ~none & (scales.max(1, keepdims=True) < 1)
+    assert np.abs(moments - scales)[narrow].max() < 0.02
+
+
+def test_a_variance_that_does_not_grow_with_the_scale_tells_none() -> None:
+    """In 3 x 3 a central difference has all its energy in the outer taps, at any scale."""
+    for axis in "xy":
+        found = identify(np.stack([member(f"central difference in {axis}", s, s, np.nan, 3) for s in (0.3, 0.6, 0.9)]))
+        along, across = found.moment_scale_x, found.moment_scale_y
+        if axis == "y":
+            along, across = across, along
+        assert np.isnan(along).all()
+        assert np.isfinite(across).all()
 
 
 def test_dead_and_broken_filters() -> None:
