@@ -19,6 +19,9 @@ from mkf.ops.arguments import (
 )
 from mkf.ops.combination import affine_combination
 
+EQUAL = 1e-6
+"""Keys that leave less of one another are equal: a residual is good to about as much."""
+
 
 class AffineFit(NamedTuple):
     """A fit of N filters: `filters[i]` is close to `scale[i] * keys[index[i]] + shift[i]`.
@@ -59,8 +62,9 @@ def affine_fit(
         residual = ||f - (a * q + b)|| / ||f'|| = sqrt(1 - c^2).
 
     This is the least-squares line of equations 1 to 3 of "The Quest for Universal Master Key Filters in DS-CNNs"
-    (NeurIPS 2025). Sums are float32 or better and taken after the mean has left, so a common offset costs nothing; the
-    result for a filter does not depend on its neighbours, on the batch or on the number of threads.
+    (NeurIPS 2025). Keys that are linear shifts of one another, to a residual of 1e-6, are equal ones for every filter.
+    Sums are float32 or better and taken after the mean has left, so a common offset costs nothing; the result for a
+    filter does not depend on its neighbours, on the batch or on the number of threads.
 
     With `method="combination"` several keys serve at once: the scalars a_j and b minimise ||f - (sum_j a_j * q_j + b)||
     over all K keys, or, with `topk=m`, over m of them that are chosen for each filter; `mkf.ops.combination` says how.
@@ -135,8 +139,15 @@ def affine_fit(
 
 
 def _prepare(keys: Tensor) -> FitKeys:
+    """Keys that are linear shifts of one another get the unit of the first, so that no rounding chooses between them.
+
+    Scale and shift remain those of each key, by its own norm and mean.
+    """
     q = centred_keys(keys)
-    return FitKeys(q.unit.float(), q.norm.reciprocal().float(), q.mean.float())
+    cosine = q.unit @ q.unit.T
+    first = (cosine.abs() > 1 - EQUAL**2 / 2).int().argmax(1, keepdim=True)  # of most keys the key itself
+    sign = cosine.gather(1, first).sign()
+    return FitKeys((sign * q.unit[first[:, 0]]).float(), q.norm.reciprocal().float(), q.mean.float())
 
 
 def _run(filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str) -> tuple[Tensor, ...]:

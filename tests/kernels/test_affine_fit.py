@@ -173,6 +173,29 @@ def test_equal_keys_go_to_the_lowest_index(fit):
     assert fit(mixture, keys[[0, 0, 3]], topk=2).index.tolist() == [[2, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_that_are_linear_shifts_of_one_another_are_equal(fit, dtype):
+    """Rounding of the keys, of other sums or of another backend does not choose between them."""
+    keys = noise(8, 7, 7, seed=1).to(dtype)
+    shifts = torch.cat([keys, -1.7 * keys + 0.25, 0.3 * keys - 2])
+    filters = 1.3 * keys[torch.arange(2000) % 8].float() + 0.2 + 0.1 * noise(2000, 7, 7, seed=2)
+    result = fit(filters, shifts, topk=3)
+    assert (result.index == torch.stack([torch.arange(2000) % 8 + 8 * i for i in range(3)], 1)).all()
+    for i in range(3):
+        assert_agrees([x[:, i] for x in result], filters, shifts)
+    assert all((x == result.residual[:, 0]).all() for x in result.residual.T)
+    positive = fit(filters, shifts, topk=3, sign="positive")
+    assert (positive.index[:, :2] == result.index[:, ::2]).all(), "the negative one is no match"
+
+
+def test_keys_that_differ_by_more_are_told_apart(fit):
+    keys = noise(4, 7, 7).repeat(2, 1, 1) + 1e-4 * noise(8, 7, 7, seed=1)
+    filters = keys[torch.arange(400) % 8] + 0.3 * noise(400, 7, 7, seed=2)
+    result = fit(filters, keys)
+    assert_agrees(result, filters, keys)
+    assert (result.index >= 4).any()
+
+
 def test_nearly_tied_keys(fit):
     keys = noise(2, 7, 7).repeat(4, 1, 1) + 1e-6 * noise(8, 7, 7, seed=1)
     filters = keys[torch.arange(200) % 8] + 0.3 * noise(200, 7, 7, seed=2)
