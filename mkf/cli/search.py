@@ -235,10 +235,10 @@ def _report(
     from mkf.ops.fit_statistics import fit_statistics
 
     if coder is not None:
-        last = coder.history[-1]
+        best = coder.best
         console.print(
-            f"autoencoder: loss {last.train:.3f}, on held-out filters {last.held_out:.3f} after {last.step} steps; "
-            f"code axis used evenly to {coder.occupancy:.2f} (entropy; 1 is level)"
+            f"autoencoder: loss {best.train:.3f}, on held-out filters {best.held_out:.3f} at step {best.step}, the "
+            f"best of {coder.history[-1].step}; code axis used evenly to {coder.occupancy:.2f} (entropy; 1 is level)"
         )
     if elimination is not None:
         shown = elimination.curve[:: max(1, len(elimination.curve) // 10)]

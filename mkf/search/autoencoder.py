@@ -67,12 +67,14 @@ class Autoencoder:
 
     Attributes:
         history: The loss curve.
+        best: The point of it whose network this is.
         histogram: (50,) int64, filters by their code, in bins of equal width over [0, 1].
         filters: Filters it was trained on, including those held out to stop early.
         provenance: How it was trained, in words.
     """
 
     history: tuple[Round, ...]
+    best: Round
     histogram: np.ndarray[Any, np.dtype[np.int64]]
     filters: int
     provenance: str
@@ -223,12 +225,12 @@ def autoencoder(
             progress(training.step, steps)
     if progress is not None:
         progress(steps, steps)
-    network = training.best_network()
+    best, network = training.best, training.best_network()
     with torch.no_grad():
         codes = torch.cat([network.encode(part) for part in x.split(1 << 16)])
-    told = f"autoencoder with a 1-D code, seed {seed}, {training.step} steps, of {drawn.describe()}"
+    told = f"autoencoder with a 1-D code, seed {seed}, step {best.step} as the best of {training.step}"
     histogram = torch.histc(codes, BINS, 0, 1).long().numpy(force=True)
-    return Autoencoder(tuple(training.history), histogram, len(x), told, network)
+    return Autoencoder(tuple(training.history), best, histogram, len(x), f"{told}, of {drawn.describe()}", network)
 
 
 def with_neighbours(codes: Iterable[float], n: int = NEIGHBOURS, spacing: float = SPACING) -> list[float]:
@@ -286,7 +288,7 @@ class _Training:
             torch.manual_seed(options["seed"])
             self._network = _Network(x.shape[-1]).to(x.device)
         self._optimizer = torch.optim.AdamW(self._network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self._best = _copy(self._network)
+        self._best = _copy(self._network)  # the weights of `best`
         self._stale = 0
         self.step = 0
         self.history: list[Round] = []
@@ -294,6 +296,11 @@ class _Training:
     @property
     def finished(self) -> bool:
         return bool(self.step >= self._options["steps"] or self._stale >= self._options["patience"])
+
+    @property
+    def best(self) -> Round:
+        """The look at the held-out filters that found the lowest loss, the first of equal ones."""
+        return min(self.history, key=lambda entry: entry.held_out + self._options["evenness"] * entry.unevenness)
 
     def best_network(self) -> _Network:
         network = copy.deepcopy(self._network)
@@ -325,8 +332,7 @@ class _Training:
             held_out = float(_cosine_loss(self._held_out, self._network.decode(codes)))
             unevenness = float(_unevenness(codes))
         self.history.append(Round(self.step, float(total) / (end - begun), held_out, unevenness))
-        losses = [entry.held_out + evenness * entry.unevenness for entry in self.history]
-        if losses[-1] == min(losses) and losses.count(losses[-1]) == 1:
+        if self.best is self.history[-1]:
             self._best, self._stale = _copy(self._network), 0
         else:
             self._stale += 1

@@ -92,7 +92,7 @@ def test_autoencoder_in_two_rounds_resumed_from_its_folder(bank_dir: Path, out: 
     )
     result = run(*words, "--state", tmp_path / "state")
     assert result.exit_code == 0, result.output
-    assert "after 150 steps; code axis used evenly to" in result.stdout
+    assert ", the best of 150; code axis used evenly to" in result.stdout
     found = mkf.KeySet.load(out)
     assert len(found) == 4
     names = ["autoencoder.pt", "elimination.json", "first-round.json"]

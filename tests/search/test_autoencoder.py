@@ -32,7 +32,8 @@ def test_planted_keys_are_among_its_candidates(coder, filters):
     assert cosines.min() > 0.9
     four = eliminate(candidates, 4, Residual(filters)).keys
     assert (four.centred().flatten(1) @ KEYS.centred().flatten(1).T).abs().amax(0).min() > 0.9
-    assert "autoencoder with a 1-D code, seed 0, 600 steps, of 1,500 7x7 filters" in four.provenance
+    told = f"autoencoder with a 1-D code, seed 0, step {coder.best.step} as the best of 600, of 1,500 7x7 filters"
+    assert told in four.provenance
 
 
 def test_loss_falls_and_codes_are_used_evenly(coder, filters):
@@ -65,7 +66,7 @@ def test_codes_do_not_depend_on_sign_scale_and_shift(coder, filters):
     x = filters[:200]
     units = mkf.search.sample.unit(x).filters.flatten(1)
     loss = 1 - (coder.decode(coder.encode(x)).flatten(1) * units).sum(1).abs().mean()
-    assert float(loss) == pytest.approx(coder.history[-1].held_out, abs=0.1)
+    assert float(loss) == pytest.approx(coder.best.held_out, abs=0.1)
 
 
 def test_neighbours(coder):
@@ -136,7 +137,9 @@ def test_it_stops_early_with_the_best_weights(filters, monkeypatch, tmp_path):
     assert len(losses) < 400
     assert min(losses) == losses[-4]
     assert all(loss >= losses[-4] for loss in losses[-3:])
-    best, last = (weights[few.history[i].step] for i in (-4, -1))
+    assert few.best == few.history[-4]
+    assert f"step {few.best.step} as the best of {few.history[-1].step}" in few.provenance
+    best, last = (weights[entry.step] for entry in (few.best, few.history[-1]))
     own = few._network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in best.items())
     assert not all(torch.equal(own[name], value) for name, value in last.items())
