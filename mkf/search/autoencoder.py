@@ -44,6 +44,9 @@ SAMPLE = 1 << 20
 FORMAT = "mkf.autoencoder"
 VERSION = 1
 
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Of what is made here, whatever torch's defaults are: a seed must give the same network."""
+
 
 class Round(NamedTuple):
     """A point of the loss curve.
@@ -104,7 +107,7 @@ class Autoencoder:
         if units.filters.shape[-1] != self.kernel_size:
             own, k = units.filters.shape[-1], self.kernel_size
             raise ValueError(f"filters are {own}x{own}, but the autoencoder was trained on {k}x{k}")
-        codes = torch.full(units.live.shape, torch.nan)
+        codes = torch.full(units.live.shape, torch.nan, **_PLAIN)
         codes[units.live.cpu()] = self._network.encode(units.filters.to(self._network.device)).cpu()
         return codes
 
@@ -121,7 +124,7 @@ class Autoencoder:
             ValueError: n is not 1 to 256.
         """
         check_count(n)
-        return self._named(torch.arange(1, n + 1, dtype=torch.float64) / n)
+        return self._named(torch.arange(1, n + 1, dtype=torch.float64, device="cpu") / n)
 
     def around(self, keys: KeySet, n: int = NEIGHBOURS, spacing: float = SPACING) -> KeySet:
         """The keys again, each with n neighbours on the code axis: the candidates of the paper's second round.
@@ -144,7 +147,7 @@ class Autoencoder:
             raise ValueError("the keys' names are no codes: give keys that come from `candidates`") from None
         inside = with_neighbours(codes, n, spacing)
         check_count(len(inside))
-        return self._named(torch.tensor(inside, dtype=torch.float64))
+        return self._named(torch.tensor(inside, dtype=torch.float64, device="cpu"))
 
     def _named(self, codes: Tensor) -> KeySet:
         names = [f"{code:.6g}" for code in codes.tolist()]
@@ -255,7 +258,8 @@ class _Network(nn.Module):
     def __init__(self, k: int):
         super().__init__()
         self.kernel_size = k
-        self.register_buffer("wavelets", _haar(k) if k == 3 else torch.zeros(k * k, 0), persistent=False)
+        wavelets = _haar(k) if k == 3 else torch.zeros(k * k, 0, **_PLAIN)
+        self.register_buffer("wavelets", wavelets, persistent=False)
         self.encoder = _layers((k * k + self.wavelets.shape[1], *WIDTHS, 1), nn.Sigmoid())
         self.decoder = _layers((1, *WIDTHS[::-1], k * k), nn.Tanh())
 
@@ -313,12 +317,12 @@ class _Training:
         rng = torch.Generator().manual_seed(int(seed))
         batch_size, evenness = self._options["batch_size"], self._options["evenness"]
         end = min(self.step + ROUND, self._options["steps"])
-        total = torch.zeros((), device=self._train.device)
+        total = torch.zeros((), dtype=torch.float32, device=self._train.device)
         begun = self.step
         while self.step < end:
             for group in self._optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * self._schedule()
-            rows = torch.randint(len(self._train), (batch_size,), generator=rng).to(self._train.device)
+            rows = torch.randint(len(self._train), (batch_size,), generator=rng, device="cpu").to(self._train.device)
             batch = self._train[rows]
             codes = self._network.encode(batch)
             loss = _cosine_loss(batch, self._network.decode(codes))
@@ -383,18 +387,18 @@ def _layers(widths: tuple[int, ...], last: nn.Module) -> nn.Sequential:
     """Linear layers with LeakyReLU between them and `last` at the end."""
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.LeakyReLU(SLOPE)]
+        layers += [nn.Linear(before, after, **_PLAIN), nn.LeakyReLU(SLOPE)]
     return nn.Sequential(*layers[:-1], last)
 
 
 def _haar(k: int) -> Tensor:
     """(k * k, 4 * (k - 1)^2): the orthonormal Haar transform of every 2x2 window of a k x k filter."""
-    signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
+    signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]], **_PLAIN) / 2
     columns = []
     for row in range(k - 1):
         for column in range(k - 1):
             for sign in signs:
-                basis = torch.zeros(k, k)
+                basis = torch.zeros(k, k, **_PLAIN)
                 basis[row : row + 2, column : column + 2] = sign.view(2, 2)
                 columns.append(basis.flatten())
     return torch.stack(columns, 1)
@@ -407,7 +411,7 @@ def _cosine_loss(filters: Tensor, decoded: Tensor) -> Tensor:
 
 def _unevenness(codes: Tensor) -> Tensor:
     """12 times the mean squared distance of the sorted codes (B,) from an even spread."""
-    even = (torch.arange(len(codes), device=codes.device) + 0.5) / len(codes)
+    even = (torch.arange(len(codes), dtype=codes.dtype, device=codes.device) + 0.5) / len(codes)
     return 12 * (codes.sort().values - even).square().mean()
 
 

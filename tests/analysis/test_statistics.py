@@ -181,6 +181,15 @@ def test_histogram_quantiles_are_numpys_to_half_a_bin(values: list[float]) -> No
     )
 
 
+def test_white_noise_is_the_same_under_another_default_dtype() -> None:
+    expected = counting.noise_correlation(KEYS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert counting.noise_correlation(KEYS) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_white_noise() -> None:
     assert counting.noise_correlation(KEYS) == pytest.approx(0.24, abs=0.005)
     # Filters of noise are no better off with the published keys than with random ones.

@@ -99,6 +99,22 @@ def test_the_seed_decides(filters):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("k", [3, 7])
+def test_torchs_default_dtype_does_not_matter(k):
+    filters, _ = plant(mkf.keys.analytic("B", k), 100)
+
+    def run():
+        coder = autoencoder(filters, steps=30, batch_size=32)
+        return coder.candidates(8), coder.history, coder.encode(filters).tolist()
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert run() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_interrupted_it_ends_as_if_it_had_not_been(filters, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["mkf.search.autoencoder"], "ROUND", 10)
     whole = autoencoder(filters, steps=45, batch_size=32)
