@@ -34,7 +34,7 @@ RESIDUAL_BINS = 1024
 
 _ROUNDING = float(np.finfo(np.float32).eps)
 
-SCHEMA = "mkf.analysis/1"
+SCHEMA = "mkf.analysis/2"
 """Name and version of `Analysis.to_dict`; the number rises when a field changes its meaning or goes away."""
 
 
@@ -227,8 +227,9 @@ class FamilyStatistics:
 
     @property
     def spread(self) -> Array:
-        """Standard deviation of each key's share over the models (`ddof=0`), (K,); 0 for a single model."""
-        spread: Array = self.shares.std(0)
+        """Standard deviation of each key's share over the models (`ddof=1`), (K,); NaN for a single model."""
+        shares = self.shares
+        spread: Array = shares.std(0, ddof=1) if len(shares) > 1 else np.full(shares.shape[1], np.nan)
         return spread
 
     @property
@@ -330,10 +331,10 @@ class Analysis:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The analysis as JSON types, schema `mkf.analysis/1`: finite numbers, null where there is nothing to measure.
+        """The analysis as JSON types, schema `mkf.analysis/2`: finite numbers, null where there is nothing to measure.
 
         ```
-        schema                       "mkf.analysis/1"
+        schema                       "mkf.analysis/2"
         keys                         kernel_size, names [K], kinds [K], provenance, licence, filters [K][k][k]
         control                      the same without `filters`: the random keys
         quantiles [5]                the levels of every quantile list below
@@ -352,7 +353,8 @@ class Analysis:
         ```
         A tally is `filters`, `dead`, `non_finite`, `duplicates` (numbers of filters; the last is null where a layer was
         too large to count them), `counts` [K] and `shares` [K] of the live filters, `positive_share` (scale > 0),
-        `mean_correlation`, `residual_quantiles` [5], `control_residual_quantiles` [5].
+        `mean_correlation`, `residual_quantiles` [5], `control_residual_quantiles` [5]. The `spread` of a family is the
+        standard deviation of each key's share over its models (`ddof=1`), null for a single one.
         """
         keys, control = self.keys, self.control
         return {

@@ -1,5 +1,6 @@
 """All ways to keys side by side, on filters of models that none of them has seen."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Row:
     Attributes:
         method: Its name.
         residual: Mean residual of all held-out filters, and over the seeds.
-        spread: Standard deviation over the seeds; 0 for keys that are given.
+        spread: Standard deviation over the seeds (`ddof=1`); NaN for one seed and for keys that are given.
         by_model: The mean residual of each model's filters, and over the seeds.
     """
 
@@ -63,7 +64,7 @@ class Comparison:
             "| filters | " + " | ".join(f"{n:,}" for n in [sum(self.filters.values()), *self.filters.values()]) + " |",
         ]
         for row in self.rows:
-            spread = f" ± {row.spread:.3f}" if row.spread else ""
+            spread = f" ± {row.spread:.3f}" if row.spread > 0 else ""
             cells = [f"{row.residual:.3f}{spread}", *(f"{row.by_model[model]:.3f}" for model in models)]
             lines.append(f"| {row.method} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
@@ -161,6 +162,6 @@ class _Residuals:
             means = np.array([[of_model[model] for model in models] for of_model in of_seed.values()])
             overall = means @ weights / weights.sum()
             by_model = dict(zip(models, means.mean(0).tolist(), strict=True))
-            spread = float(overall.std(ddof=1)) if len(overall) > 1 else 0.0
+            spread = float(overall.std(ddof=1)) if len(overall) > 1 else math.nan
             rows.append(Row(method, float(overall.mean()), spread, by_model))
         return tuple(sorted(rows, key=lambda row: row.residual))

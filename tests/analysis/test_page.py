@@ -96,6 +96,14 @@ def test_the_atlas_is_the_sample(analysis: Analysis, text: str) -> None:
     assert start == len(filters) == len(channel)
 
 
+def test_a_family_of_one_network_has_no_spread(text: str) -> None:
+    rows = re.findall(r'title="(key 1: [^"]*)".*?<td class="num">(\d+)</td><td class="num">([^<]*)</td>', text)
+    assert [number for _, number, _ in rows] == ["1", "2", "1"]
+    assert [("±" in shares, spread == "\N{EN DASH}") for shares, _, spread in rows] == [
+        (False, True), (True, False), (False, True)
+    ]  # fmt: skip
+
+
 def downloads(text: str) -> dict[str, bytes]:
     links = dict(re.findall(r'<a download="([^"]+)" href="data:[^;]+;base64,([^"]+)"', text))
     return {name: base64.b64decode(content) for name, content in links.items()}

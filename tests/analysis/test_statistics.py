@@ -203,7 +203,7 @@ def test_the_json_document_is_finite_and_complete() -> None:
     bad[0, 0, 0] = math.nan
     document = analyse(bank_of(bad, torch.zeros(2, 7, 7)), KEYS).to_dict()
     json.dumps(document, allow_nan=False)
-    assert document["schema"] == "mkf.analysis/1"
+    assert document["schema"] == "mkf.analysis/2"
     assert np.shape(document["keys"]["filters"]) == (8, 7, 7)
     model = document["models"][0]
     assert [layer["non_finite_channels"] for layer in model["layers"]] == [[0], []]
@@ -254,7 +254,9 @@ def test_families() -> None:
     first, second = analysis.families
     assert [first.family, second.family] == ["a", "b"]
     assert first.tally.counts.tolist()[:2] == [4, 2]
-    assert first.spread[:2] == pytest.approx([0.125, 0.125])
+    assert first.spread[:2] == pytest.approx([0.125 * math.sqrt(2)] * 2)
+    assert np.isnan(second.spread).all()
+    assert analysis.to_dict()["families"][1]["spread"] == [None] * 8
     assert first.distance == pytest.approx(0.25)
     assert math.isnan(second.distance)
     within, between = analysis.family_distance

@@ -149,12 +149,13 @@ def _families(analysis: Analysis) -> str:
     for family in families:
         shares = family.shares.mean(0)
         spread = "; ".join(
-            f"key {number}: {share:.1%} ± {std:.1%}"
+            f"key {number}: {share:.1%}" + ("" if math.isnan(std) else f" ± {std:.1%}")
             for number, (share, std) in enumerate(zip(shares, family.spread, strict=True), 1)
         )
         rows.append(
             f'<tr><td>{escape(family.family)}</td><td class="wide" title="{escape(spread)}">{_stack(shares, analysis)}'
-            f'</td><td class="num">{len(family.models)}</td><td class="num">{100 * family.spread.max():.1f}</td>'
+            f'</td><td class="num">{len(family.models)}</td>'
+            f'<td class="num">{decimal(100 * family.spread.max(), 1)}</td>'
             f'<td class="num">{decimal(family.distance)}</td></tr>'
         )
     within, between = analysis.family_distance
