@@ -411,9 +411,11 @@ def family(model: str) -> str:
     """A model's architecture family: its name up to the first of `_ - . /` or space, untrained ones apart.
 
     `convnextv2_tiny.fcmae_ft_in1k` is of the family convnextv2, `convnext-cifar10-untrained` of convnext-untrained.
-    Our rule; it suits the names of timm.
+    Our rule; it suits the names of timm, once what is no architecture is gone from their beginning: `hf-hub:` with the
+    owner's name, `tf_` of weights that were ported, and `test_` of small ones to test with.
     """
-    name = re.split(r"[_\-./ ]", model.strip())[0] or model
+    architecture = re.sub(r"^(hf[-_]hub:([^/]*/)?)?(tf_|test_)?", "", model.strip())
+    name = re.split(r"[_\-./ ]", architecture)[0] or model
     return name + UNTRAINED if model.endswith(UNTRAINED) else name
 
 

@@ -242,6 +242,13 @@ def test_families() -> None:
         statistics.family(model)
         for model in ("convnextv2_tiny.fcmae_ft_in1k", "convmixer_768_32", "mcunet-5fps", "net", "net-x-untrained", "_")
     ] == ["convnextv2", "convmixer", "mcunet", "net", "net-untrained", "_"]
+    assert [
+        statistics.family(model)
+        for model in (
+            "tf_efficientnet_b0.in1k", "hf-hub:timm/convnext_tiny", "test_convnext.r160_in1k",
+            "hf-hub:timm/tf_efficientnet_b0.in1k", "efficientnet_b0-untrained", "tf_efficientnet_b0-untrained", "test_",
+        )
+    ] == ["efficientnet", "convnext", "convnext", "efficientnet", *["efficientnet-untrained"] * 2, "test_"]  # fmt: skip
     analysis = analyse(
         named(
             a_1=bank_of(shifted(KEYS, [0, 0, 0, 1])),
