@@ -29,7 +29,7 @@ class KeySet:
         key = given / ||given - mean(given)||
 
     It is not centred, so that a separable key stays separable: `centred()` gives the centred keys. The factor is
-    computed in float64. Keys that are scaled already, to float32 rounding, are kept bit for bit.
+    computed in float64. Keys in float32 that are scaled already, to its rounding, are kept bit for bit.
 
     Args:
         filters: (K, k, k) tensor or array of real numbers, row-major, 1 <= K <= 256, k odd, 3 to 11.
@@ -239,9 +239,10 @@ def _labels(what: str, labels: Sequence[str] | None, default: list[str]) -> tupl
 
 
 def _scaled(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np.float32]:
-    """Each key divided by the norm of its centred version, unless that is 1 to float32 rounding already."""
+    """Each key divided by the norm of its centred version, unless it is a float32 one whose norm is 1 to rounding."""
     with np.errstate(over="ignore"):
-        finite = np.isfinite(values.astype(np.float32)).all((1, 2))
+        rounded = values.astype(np.float32)
+    finite = np.isfinite(rounded).all((1, 2))
     if not finite.all():
         bad = names[int(np.argmin(finite))]
         raise ValueError(
@@ -258,7 +259,10 @@ def _scaled(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np.flo
                 f"key {name} is constant to within 2^-16 of its norm, too little for float32 to hold what varies: "
                 "subtract the mean first, filters - filters.mean((1, 2), keepdims=True), or leave the key out"
             )
-    is_scaled = np.abs(variation - 1) <= np.finfo(np.float32).eps * size
+    # Rounding each tap of a scaled key by at most half of eps moves the norm by no more than this; a key with a large
+    # offset and more digits than float32 has was not rounded, so that its norm tells whether it is scaled.
+    is_scaled = (values == rounded).all((1, 2), keepdims=True)
+    is_scaled &= np.abs(variation - 1) <= np.finfo(np.float32).epsneg * size
     return np.where(is_scaled, values, values / variation).astype(np.float32)
 
 

@@ -196,6 +196,20 @@ def test_a_large_offset_is_fine_while_float32_holds_what_varies() -> None:
     KeySet(small - small.mean((1, 2), keepdims=True))  # as the message advises
 
 
+@pytest.mark.parametrize("offset", [0, 100, 9000])
+@pytest.mark.parametrize("factor", [0.998, 1.0001, 1.004])
+def test_no_offset_hides_that_a_key_is_not_scaled(offset: float, factor: float) -> None:
+    key = centred(noise(1, 7, 7))
+    key /= np.linalg.norm(key)
+    keys = KeySet(factor * key + offset)
+    stored = keys.filters.double().numpy()
+    rounding = np.linalg.norm(np.spacing(keys.filters.numpy())) / 2
+    expected = key + offset / factor
+    assert np.linalg.norm(stored - expected) <= rounding * (1 + 1e-6)
+    assert torch.equal(KeySet(keys.filters).filters, keys.filters)
+    assert torch.equal(KeySet(stored).filters, keys.filters)
+
+
 @pytest.mark.parametrize("what", ["names", "kinds"])
 @pytest.mark.parametrize(
     ("labels", "message"),
