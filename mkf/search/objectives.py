@@ -53,7 +53,7 @@ class Objective(Protocol):
         """`weights`, or the split that the images come from: `train` or `test`."""
 
     def fingerprint(self) -> str:
-        """A word that differs where filters or weights differ, so that no other search is resumed by mistake."""
+        """A word that differs where filters, weights or images do, so that no other search is resumed by mistake."""
 
     def begin(self, candidates: KeySet) -> Judge:
         """Rank the candidates with each filter."""
@@ -109,7 +109,7 @@ class OutputError:
     Args:
         model: A network with depthwise `nn.Conv2d` layers; it is left as it is.
         batches: Images, or tuples that begin with images, as tensors (B, C, H, W), each time it is iterated: a search
-            in two rounds sees them twice. Any images will do, also unlabelled.
+            in two rounds sees them twice, and as often again for its state. Any images will do, also unlabelled.
         split: Which split of the data they come from, `train` or `test`; see `eliminate`.
         backend: As `affine_fit` has it.
 
@@ -127,8 +127,8 @@ class OutputError:
         self.description = f"output error of depthwise layers on images of the {split} split"
 
     def fingerprint(self) -> str:
-        """Of the weights."""
-        return fingerprint(self._model.state_dict().values())
+        """Of the weights and the images, which are seen for it."""
+        return f"{fingerprint(self._model.state_dict().values())} {_checksum(self._batches, labelled=False)}"
 
     def begin(self, candidates: KeySet) -> Judge:
         """See the images and rank the candidates with each filter."""
@@ -179,8 +179,8 @@ class Accuracy:
         self.description = f"top-1 error on images of the {split} split"
 
     def fingerprint(self) -> str:
-        """Of the weights."""
-        return fingerprint(self._model.state_dict().values())
+        """Of the weights, the images, which are seen for it, and their labels."""
+        return f"{fingerprint(self._model.state_dict().values())} {_checksum(self._loader, labelled=True)}"
 
     def top1(self, keys: KeySet | None = None) -> float:
         """The accuracy with filters replaced by linear shifts of `keys`, from 0 to 1; of the unchanged network if None.
@@ -310,6 +310,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         digest.update(f"{values.dtype} {tuple(values.shape)};".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checksum(batches: Iterable[Any], labelled: bool) -> str:
+    """Of images and, where they count, their labels: the same in whatever order and batches they come."""
+    total = 0
+    for batch in batches:
+        images = _images(batch, torch.device("cpu"))
+        columns = (images, _labels(batch)) if labelled else (images,)
+        total += sum(int(fingerprint(row), 16) for row in zip(*columns, strict=True))
+    return f"{total % 2**256:064x}"
 
 
 def _fit(layer: nn.Conv2d, candidates: KeySet, backend: str | None) -> AffineFit:

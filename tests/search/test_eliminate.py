@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 import mkf
-from mkf.search import Accuracy, Residual, elbow, eliminate
+from mkf.search import Accuracy, OutputError, Residual, elbow, eliminate
 from tests.kernels.affine_fit_float64 import line_of_best_key
-from tests.search.networks import learnable, network
+from tests.search.networks import images, learnable, network
 from tests.search.planted import SHARES, plant
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,18 +139,40 @@ def test_a_state_of_another_search_or_a_damaged_one_is_refused(tmp_path):
         eliminate(mkf.keys.random(5, 7), 2, Residual(filters), state=state)
     with pytest.raises(ValueError, match=r"another search \(judged differ\)"):
         eliminate(candidates, 2, Residual(filters + torch.arange(25.0).view(5, 5)), state=state)
-    model = network()
-    x, labels = learnable(model, 8).dataset.tensors
-    seven, other = mkf.keys.random(7, 3), tmp_path / "other.json"
-    eliminate(seven, 2, Accuracy(model, [(x, labels)], split="train"), state=other)
+    model, other = network(), tmp_path / "other.json"
+    seven, x = mkf.keys.random(7, 3), images(8)
+    eliminate(seven, 2, OutputError(model, [x], split="train"), state=other)
+    model[3] = torch.nn.Sigmoid()  # the same weights put out something else
     with pytest.raises(ValueError, match="resume it with the same filters, network and images"):
-        eliminate(seven, 2, Accuracy(model, [(x, labels + 9)], split="train"), state=other)
+        eliminate(seven, 2, OutputError(model, [x], split="train"), state=other)
     with pytest.raises(ValueError, match="this is a folder; name a file"):
         eliminate(candidates, 2, Residual(filters), state=tmp_path)
     for damage in ("", "{}", "[]", state.read_text()[:-20]):
         state.write_text(damage)
         with pytest.raises(ValueError, match="damaged"):
             eliminate(candidates, 2, Residual(filters), state=state)
+
+
+@pytest.mark.parametrize("kind", [Accuracy, OutputError])
+def test_a_state_is_of_these_images_in_whatever_order(tmp_path, kind):
+    model, state = network(), tmp_path / "state.json"
+    x, labels = learnable(model, 8).dataset.tensors
+    keys = mkf.keys.random(7, 3)
+
+    def search(x, labels, size=8):
+        batches = list(zip(x.split(size), labels.split(size), strict=True))
+        return eliminate(keys, 2, kind(model, batches, split="train"), state=state).curve
+
+    search(x, labels)
+    search(x.flip(0), labels.flip(0), size=3)
+    for other in (x * (1 + 1e-6), x[:7], torch.cat([x, x[:1]])):
+        with pytest.raises(ValueError, match=r"another search \(judged differ\)"):
+            search(other, labels[torch.arange(len(other)) % 8])
+    labelled = (
+        pytest.raises(ValueError, match=r"another search \(judged differ\)") if kind is Accuracy else nullcontext()
+    )
+    with labelled:
+        search(x, labels + 9)
 
 
 def test_what_is_refused():
