@@ -81,13 +81,15 @@ def eliminate(
 ) -> Elimination:
     """Give up candidates one at a time, always the one without which the objective is best, until k are left.
 
-    This is Algorithm 1 of "The Quest for Universal Master Key Filters in DS-CNNs" (NeurIPS 2025): each remaining
-    candidate is left out in turn, the filters are refitted to the others and judged, and the candidate that is missed
-    least goes for good. All correlations of filters and candidates are computed once; without a key only the filters
-    that had it change theirs. The paper judges by accuracy (`Accuracy`); `Residual` and `OutputError` are ours. Where
-    two candidates are missed equally, the one that stands first goes.
+    This follows Algorithm 1 of "The Quest for Universal Master Key Filters in DS-CNNs" (NeurIPS 2025): each remaining
+    candidate is left out in turn, the filters are refitted to the others and judged, and one candidate goes for good.
+    The paper gives up the one whose removal changes accuracy least; here it is the one without which the objective is
+    best, because a key whose removal helps is no loss. All correlations of filters and candidates are computed once;
+    without a key only the filters that had it change theirs. The paper judges by accuracy (`Accuracy`); `Residual` and
+    `OutputError` are ours. Where two candidates are missed equally, the one that stands first goes.
 
-    The search goes on to a single key whatever k is, so that the curve shows its elbow.
+    The search goes on to a single key whatever k is, so that the curve shows its elbow. On few images the curve is
+    optimistic, as each of its points is the best of up to K - 1 noisy measurements: test the keys on other images.
 
     Args:
         candidates: K different filters, for example `autoencoder(...).candidates(50)`: a `KeySet`, or (K, k, k) of
