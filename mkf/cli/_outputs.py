@@ -11,9 +11,10 @@ def file(path: Path, option: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: The path is a folder.
+        ValueError: The path is a folder, or in a bank.
         OSError: The folder cannot be written.
     """
+    _outside_banks(path, option)
     parent = path.absolute().parent
     _no_folder(path, option)
     if not parent.is_dir():
@@ -53,9 +54,10 @@ def folder(path: Path, option: str) -> None:
     """Make a folder, if it is not there, and check that files can be written in it.
 
     Raises:
-        ValueError: The path is a file.
+        ValueError: The path is a file, a bank or in one.
         OSError: The folder cannot be made or written.
     """
+    _outside_banks(path, option)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} {path}: this is a file; name a folder")
     try:
@@ -77,12 +79,8 @@ def _probe(path: Path, what: str) -> None:
         raise OSError(f"{what}: the folder {path} cannot be written ({error.strerror})") from error
 
 
-def not_in_a_bank(path: Path, option: str) -> None:
-    """Refuse to write into a saved bank, over its data or beside them: a bank with other files is not replaced.
-
-    Raises:
-        ValueError: The path, or a folder above it, is a bank.
-    """
+def _outside_banks(path: Path, option: str) -> None:
+    """Refuse to write into a saved bank, over its data or beside them: a bank with other files is not replaced."""
     from mkf.bank.storage import is_bank
 
     place = path.expanduser().resolve()

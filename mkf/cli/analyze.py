@@ -40,7 +40,6 @@ def command(
         from mkf.keys import parse
 
         if out is not None:
-            _outputs.not_in_a_bank(out, "--out")
             _outputs.folder(out, "--out")
         key_set = parse(keys)
         with _sources.bars(Console(stderr=True)) as progress:

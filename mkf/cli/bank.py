@@ -42,7 +42,6 @@ def build(
     with user_errors():
         folder = settle(out)  # what is wrong with it is told now, and not after all the work
         refuse_other_things(folder)
-        _outputs.not_in_a_bank(folder.parent, "--out")
         _outputs.folder(folder.parent, "--out")
         if "paper54" in sources:
             _build_paper54(sources, out, pretrained, files, console)

@@ -195,7 +195,6 @@ def _check(json: Path | None, figure: Path | None) -> None:
     """Refuse now, and not after the measurement, what cannot be written."""
     for option, path in (("--json", json), ("--figure", figure)):
         if path is not None:
-            _outputs.not_in_a_bank(path, option)
             _outputs.file(path, option)
     if figure is not None:
         from mkf.analysis import figures

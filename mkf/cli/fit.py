@@ -57,7 +57,6 @@ def command(
         from mkf.keys import parse
 
         _outputs.named(out, "--out", ".parquet")
-        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out.expanduser().parent, "--out")
         stderr = Console(stderr=True)
         bound = _bytes(memory)

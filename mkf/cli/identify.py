@@ -59,7 +59,6 @@ def command(
         if out is not None and out.suffix not in _SUFFIXES:
             raise ValueError(f"--out {out}: the name must end in {' or '.join(_SUFFIXES)}")
         if out is not None:
-            _outputs.not_in_a_bank(out, "--out")
             _outputs.file(out, "--out")
             _outputs.not_an_input(out, "--out", *sources)
         console, stderr = stdout(), Console(stderr=True)

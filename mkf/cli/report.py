@@ -48,7 +48,6 @@ def command(
 
         if out.is_dir() or out.suffix not in (".html", ".htm"):
             raise ValueError(f"--out {out}: the page is a file whose name ends in .html")
-        _outputs.not_in_a_bank(out, "--out")
         _outputs.file(out, "--out")
         _outputs.not_an_input(out, "--out", *(sources or []), keys, *([image] if image else []))
         if image is not None and not image.is_file():
@@ -56,7 +55,6 @@ def command(
         folders = {".pdf": pdf, ".png": png}
         for suffix, folder in folders.items():
             if folder is not None:
-                _outputs.not_in_a_bank(folder, f"--{suffix[1:]}")
                 _outputs.folder(folder, f"--{suffix[1:]}")
         key_set = parse(keys)
         k = key_set.kernel_size

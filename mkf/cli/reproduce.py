@@ -41,7 +41,6 @@ def matched_keys(
     with user_errors():
         from mkf.experiments.matched_keys import match_keys
 
-        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
         with _bar("searching") as progress:
             bank = _sources.trained(sources, size, pretrained)
@@ -72,7 +71,6 @@ def search_by_accuracy(
     with user_errors():
         from mkf.experiments.search_by_accuracy import search_by_accuracy as run
 
-        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
         with _bar("eliminating") as progress:
             bank = _sources.trained(sources, size, pretrained)

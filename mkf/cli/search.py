@@ -104,14 +104,12 @@ def command(
                 _refuse(given & {"device"}, "only autoencoder and --model run on a device of choice: no")
         if out is not None:
             _outputs.named(out, "--out", ".safetensors")
-            _outputs.not_in_a_bank(out, "--out")
             _outputs.file(out, "--out")
             _outputs.not_an_input(out, "--out", *sources, *([model / _WEIGHTS] if model else []))
         elif not compare:
             raise ValueError("name the key file to write: --out keys.safetensors")
         for option, folder in (("--state", state), ("--figures", figures)):
             if folder is not None:
-                _outputs.not_in_a_bank(folder, option)
                 _outputs.folder(folder, option)
         # Numbers that do not go together are told before any candidate is searched.
         if method == "autoencoder" and rounds == 2 and not compare:

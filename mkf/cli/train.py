@@ -63,7 +63,6 @@ def command(
 
         options |= {"data": str(data), "out": str(out), "model_kwargs": _parse_kwargs(model_kwargs or [])}
         config = TrainConfig(**options)
-        _outputs.not_in_a_bank(out, "--out")
         _outputs.folder(out, "--out")
         with _sources.bars(Console(stderr=True)) as progress:
             task = progress.add_task("reading", total=None)
