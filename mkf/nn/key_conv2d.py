@@ -49,6 +49,9 @@ class KeyConv2d(nn.Module):
     Averaged in floating point, as by timm's `ModelEmaV2` or `AveragedModel(use_buffers=True)`, `index` is cut to the
     integer below, another key, and keys lose their separability.
 
+    `DistributedDataParallel` with its default `broadcast_buffers=True` writes to keys and index before every forward
+    pass: on a GPU they are then read again each time, which waits for it. Nothing needs it: give False.
+
     Args:
         channels: C, of the input and of the output.
         kernel_size: k, which the keys must have too.
