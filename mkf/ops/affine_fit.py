@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mkf.kernels.affine_fit import FitKeys
+from mkf.kernels.derived import Derived
 from mkf.kernels.registry import choose
 from mkf.ops.arguments import (
     centred_keys,
@@ -144,10 +145,23 @@ def _prepare(keys: Tensor) -> FitKeys:
     Scale and shift remain those of each key, by its own norm and mean.
     """
     q = centred_keys(keys)
-    cosine = q.unit @ q.unit.T
-    first = (cosine.abs() > 1 - EQUAL**2 / 2).int().argmax(1, keepdim=True)  # of most keys the key itself
-    sign = cosine.gather(1, first).sign()
-    return FitKeys((sign * q.unit[first[:, 0]]).float(), q.norm.reciprocal().float(), q.mean.float())
+    return FitKeys(_shared(q.unit).float(), q.norm.reciprocal().float(), q.mean.float())
+
+
+def _shared(unit: Tensor) -> Tensor:
+    """For each key the unit of the first one that it equals, of most keys its own, with the sign it equals it with."""
+    nearly_one = 1 - EQUAL**2 / 2
+    if unit.is_cpu:  # by numpy's plain loops: torch's would wait for threads, which a forked process has not
+        u = unit.numpy()
+        cosines = np.einsum("ik,jk->ij", u, u)
+        index = (np.abs(cosines) > nearly_one).argmax(1)
+        return torch.from_numpy(np.sign(np.take_along_axis(cosines, index[:, None], 1)) * u[index])
+    cosine = unit @ unit.T
+    first = (cosine.abs() > nearly_one).int().argmax(1)
+    return cosine.gather(1, first[:, None]).sign() * unit[first]
+
+
+_prepared = Derived(_prepare, 32)
 
 
 def _run(filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str) -> tuple[Tensor, ...]:
@@ -174,7 +188,9 @@ def _fit(
     if len(filters) == 0:
         return
     ranked = (x if x.ndim == 2 else x[:, None] for x in (index, scale, shift, residual))
-    implementation.load().affine_fit(filters.detach(), _prepare(keys), positive, *ranked)
+    # On a GPU anew at each call: what one stream prepared, another must wait for.
+    prepared = _prepared(keys.detach()) if keys.is_cpu else _prepare(keys)
+    implementation.load().affine_fit(filters.detach(), prepared, positive, *ranked)
 
 
 def _empty(filters: Tensor, keys: Tensor, topk: int | None, positive: bool, backend: str) -> tuple[Tensor, ...]:

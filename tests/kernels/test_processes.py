@@ -39,9 +39,12 @@ def test_a_forked_process_computes_with_one_thread():
         keys = mkf.keys.paper8()
         filters, x = torch.randn(100_000, 7, 7), torch.randn(4, 32, 56, 56)
         layer = mkf.KeyConv2d(32, 7, keys, padding=3).requires_grad_(False)
+        parent = os.getpid()
 
         def results():
-            return [*mkf.affine_fit(filters, keys, backend="native"), layer(x)]
+            others = filters[:256] * (1 + (os.getpid() == parent))  # which no process knows from before
+            many = mkf.affine_fit(filters[:500], others, backend="native").index
+            return [*mkf.affine_fit(filters, keys, backend="native"), many, layer(x)]
 
         mine = results()
         child = os.fork()
