@@ -54,11 +54,9 @@ class Derived(Generic[T]):
         """
         if tensor.is_cpu:
             tensor = tensor.resolve_neg().contiguous()
-            values = values_of(tensor)
-            place: Hashable = tensor.data_ptr(), tensor.shape, tensor.dtype, arguments
-        else:
-            values = values_of(tensor)
-            place = values, tensor.shape, tensor.stride(), tensor.dtype, arguments
+        values = values_of(tensor)
+        where = tensor.data_ptr() if tensor.is_cpu else (values, tensor.stride())
+        place = where, tensor.shape, tensor.dtype, arguments
         last = self._last.get(place)
         if last is None or last[0] != values:
             last = self._look_up(values, tensor, arguments)
