@@ -72,6 +72,14 @@ static inline BFloat16 to_bfloat16(float x) {
     return {static_cast<std::uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
 }
 
+// The first or the second of a pair of bfloat16, where every pair has one lane and all lanes are there. One instruction then
+// makes float32 of memory, where neighbours would take two. Both are read and written where the first lies: a vector that
+// began one later, or one earlier, would lie in two lines.
+template <bool Second>
+struct OfPair {
+    BFloat16 value;
+};
+
 template <class T>
 inline Vec load_some(const T* p, int count) {
     float values[Vec::width] = {};
@@ -101,29 +109,17 @@ inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
     _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
 }
 
-// One of the bfloat16 of which every second is a lane, all lanes being there. Memory then is float32 as soon as the other
-// halves are masked away, where neighbours would have to be widened by a shift, which takes the place of a multiplication.
-// A load reaches for the element before `p` but does not read it; a store shifts, so that it is aligned where memory is.
-struct Alternate {
-    BFloat16 value;
-};
-constexpr bool alternates = true;
+constexpr bool has_pairs = true;
 
-// Whether `Alternate`s to store are the first or the second of their pairs, and what follows from that.
-struct Halves {
-    int second;
-    __mmask32 mask;
-    __m128i shift;
-
-    explicit Halves(int second)
-        : second(second), mask(0x55555555u << second), shift(_mm_cvtsi32_si128(second ? 0 : 16)) {}
-};
-
-inline Vec load(const Alternate* p) {
+inline Vec load(const OfPair<false>* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline Vec load(const OfPair<true>* p) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
 }
-inline void store(Alternate* p, Vec a, const Halves& halves) {
-    _mm512_mask_storeu_epi16(p - halves.second, halves.mask, _mm512_srl_epi32(rounded(a), halves.shift));
+inline void store(OfPair<false>* p, Vec a, const LastLanes&) {
+    _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_srli_epi32(rounded(a), 16));
+}
+inline void store(OfPair<true>* p, Vec a, const LastLanes&) {
+    _mm512_mask_storeu_epi16(p - 1, 0xaaaaaaaau, rounded(a));
 }
 
 #elif defined(__AVX2__)
@@ -165,9 +161,7 @@ inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
 #endif
 
 #if !defined(__AVX512F__)
-struct Alternate;
-struct Halves;
-constexpr bool alternates = false;
+constexpr bool has_pairs = false;
 #endif
 
 }  // namespace mkf::MKF_ISA

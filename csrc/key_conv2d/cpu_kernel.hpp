@@ -79,7 +79,7 @@ struct Tasks {
 template <class T>
 struct Store {
     Plane<T> out;
-    Stored<T> stored;
+    LastLanes stored;
 
     template <class Input>
     void column(const Input&, Inside) {}
@@ -106,7 +106,6 @@ struct Store {
 template <class G, class T, class View>
 static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads,
                 Vectors vectors) {
-    using Pixel = typename View::Pixel;
     const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
@@ -118,16 +117,12 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
         for (int i = 0; i < tasks.groups; ++i)
             fill(groups[i], p, table, tensors.bias, Channels(p, View::arrangement, vectors.first + i), Weights::whole,
                  false, false);
-        alignas(64) typename Strip<G, Pixel>::Ring ring;
+        alignas(64) typename Strip<G, float>::Ring ring;
         View reading, writing;
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * G::run, rows = std::min(G::run, out_rows - row);
-            using S = Strip<G, Pixel>;
-            const auto in = reading.read(x, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
-            Store<Pixel> finish{writing.write(out, task.image, group.channels, row, row + rows),
-                                group.channels.template stored<Pixel>()};
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
@@ -135,7 +130,15 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
                 tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, G::after, x.columns);
                 tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, 0, x.columns);
             }
-            S(in, group, row, rows, out_columns, ring).run(finish, ahead);
+            View::with_pixel(group.channels, [&](auto pixel) {
+                using Pixel = decltype(pixel);
+                using S = Strip<G, Pixel>;
+                const auto in = reading.template read<Pixel>(x, task.image, group.channels, S::first_input_row(row),
+                                                             S::end_of_input_rows(row));
+                Store<Pixel> finish{writing.template write<Pixel>(out, task.image, group.channels, row, row + rows),
+                                    LastLanes(group.channels.skipped)};
+                S(in, group, row, rows, out_columns, ring).run(finish, ahead);
+            });
             writing.written();
         }
     });
@@ -183,7 +186,7 @@ struct Gradients {
     Plane<const T> x;  // without pixels where not needed
     Plane<T> dx;       // without pixels where not asked for
     const Group<G::k>& group;
-    Stored<T> stored;
+    LastLanes stored;
     bool of_scale, of_bias;
     Total d_scale, d_shift, d_bias;
 
@@ -234,7 +237,6 @@ struct Gradients {
 template <class G, class T, class View>
 static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads,
                 Vectors vectors) {
-    using Pixel = typename View::Pixel;
     const int rows = static_cast<int>(p.height), columns = static_cast<int>(p.width);
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, rows, columns};
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
@@ -251,19 +253,12 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                  tensors.d_scale ? Weights::key : Weights::whole, true, tensors.d_shift != nullptr);
             if (!convolves) groups[i].clear();
         }
-        alignas(64) typename Strip<G, Pixel>::Ring ring;
+        alignas(64) typename Strip<G, float>::Ring ring;
         View reading_dy, reading_x, writing;
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * G::run, end = std::min(row + G::run, rows);
-            using S = Strip<G, Pixel>;
-            const auto in =
-                reading_dy.read(dy, task.image, group.channels, S::first_input_row(row), S::end_of_input_rows(row));
-            Gradients<G, Pixel> finish{{}, {}, group, group.channels.template stored<Pixel>(), tensors.d_scale != nullptr,
-                                       tensors.d_bias != nullptr, {}, {}, {}};
-            if (needs_x) finish.x = reading_x.read(x, task.image, group.channels, row, end);
-            if (tensors.dx) finish.dx = writing.write(dx, task.image, group.channels, row, end);
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
@@ -272,13 +267,23 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                 if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, 0, dy.columns);
                 tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, 0, dy.columns);
             }
-            S(in, group, row, end - row, columns, ring).run(finish, ahead);
+            View::with_pixel(group.channels, [&](auto pixel) {
+                using Pixel = decltype(pixel);
+                using S = Strip<G, Pixel>;
+                const auto in = reading_dy.template read<Pixel>(dy, task.image, group.channels, S::first_input_row(row),
+                                                                S::end_of_input_rows(row));
+                Gradients<G, Pixel> finish{{}, {}, group, LastLanes(group.channels.skipped), tensors.d_scale != nullptr,
+                                           tensors.d_bias != nullptr, {}, {}, {}};
+                if (needs_x) finish.x = reading_x.template read<Pixel>(x, task.image, group.channels, row, end);
+                if (tensors.dx) finish.dx = writing.template write<Pixel>(dx, task.image, group.channels, row, end);
+                S(in, group, row, end - row, columns, ring).run(finish, ahead);
+                if (!sums_up) return;
+                Partial& partial = partials[(task.image * tasks.strips + task.strip) * tasks.groups + task.group];
+                finish.d_scale.store_to(partial.scale);
+                finish.d_shift.store_to(partial.shift);
+                finish.d_bias.store_to(partial.bias);
+            });
             if (tensors.dx) writing.written();
-            if (!sums_up) continue;
-            Partial& partial = partials[(task.image * tasks.strips + task.strip) * tasks.groups + task.group];
-            finish.d_scale.store_to(partial.scale);
-            finish.d_shift.store_to(partial.shift);
-            finish.d_bias.store_to(partial.bias);
         }
     });
     if (!sums_up) return;
@@ -313,10 +318,10 @@ static void run_type(const KeyConv2d& p, const Tensors& tensors, const KeyTable&
     std::int64_t in_place = 0;
     if constexpr (std::is_same_v<T, float>) {
         in_place = p.channels < Vec::width ? 0 : vectors;
-        if (in_place > 0) run<G, T, InPlace<T, T>>(p, tensors, table, threads, {0, in_place});
-    } else if constexpr (G::k == 7 && alternates) {  // only these: every type and size is one more large piece of code
+        if (in_place > 0) run<G, T, InPlace<T>>(p, tensors, table, threads, {0, in_place});
+    } else if constexpr (G::k == 7 && has_pairs) {  // only these: every type and size is one more large piece of code
         in_place = p.channels / (2 * Vec::width) * 2;
-        if (in_place > 0) run<G, T, InPlace<T, Alternate>>(p, tensors, table, threads, {0, in_place});
+        if (in_place > 0) run<G, T, InPlace<T>>(p, tensors, table, threads, {0, in_place});
     }
     if (in_place < vectors) run<G, T, Tile<T, true>>(p, tensors, table, threads, {in_place, vectors});
 }

@@ -29,10 +29,6 @@ enum class Arrangement {
     alternate,  // of two vectors that follow each other the first takes every second channel, the second the others
 };
 
-// What stores of pixels of a type need to know beside the vector.
-template <class Pixel>
-using Stored = std::conditional_t<std::is_same_v<Pixel, Alternate>, Halves, LastLanes>;
-
 // The channels of one vector.
 struct Channels {
     Lanes lanes{Vec::width};
@@ -58,12 +54,6 @@ struct Channels {
             else if (arrangement != Arrangement::alternate) each[i] = static_cast<std::int32_t>(at);
             else each[i] = static_cast<std::int32_t>(second ? first - Vec::width + 2 * i + 1 : first + 2 * i);
         }
-    }
-
-    template <class Pixel>
-    Stored<Pixel> stored() const {
-        if constexpr (std::is_same_v<Pixel, Alternate>) return Stored<Pixel>(second);
-        else return Stored<Pixel>(skipped);
     }
 
     // One number of each, out of those of all channels; of NaNs the one that stays one when bfloat16 is made of it.
@@ -97,17 +87,25 @@ struct Plane {
 };
 
 // The rows that a task reads or writes, as a plane, with one object for each tensor and thread: here the tensor itself.
-template <class T, class P>
+template <class T>
 struct InPlace {
-    using Pixel = P;
-    static constexpr Arrangement arrangement =
-        std::is_same_v<T, P> ? Arrangement::filling : Arrangement::alternate;
+    static constexpr bool in_pairs = !std::is_same_v<T, float>;
+    static constexpr Arrangement arrangement = in_pairs ? Arrangement::alternate : Arrangement::filling;
 
-    Plane<const P> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int, int) {
-        return plane<const P>(from, image, channels);
+    template <class Body>
+    static void with_pixel(const Channels& channels, const Body& body) {
+        if constexpr (!in_pairs) body(float{});
+        else if (channels.second) body(OfPair<true>{});
+        else body(OfPair<false>{});
     }
-    Plane<P> write(const Tensor<T>& to, std::int64_t image, const Channels& channels, int, int) {
-        return plane<P>(to, image, channels);
+
+    template <class Pixel>
+    Plane<const Pixel> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int, int) {
+        return plane<const Pixel>(from, image, channels);
+    }
+    template <class Pixel>
+    Plane<Pixel> write(const Tensor<T>& to, std::int64_t image, const Channels& channels, int, int) {
+        return plane<Pixel>(to, image, channels);
     }
     void written() {}
 
@@ -124,10 +122,15 @@ private:
 template <class T, bool ChannelsLast>
 class Tile {
 public:
-    using Pixel = float;
     static constexpr Arrangement arrangement = ChannelsLast ? Arrangement::following : Arrangement::ordered;
 
+    template <class Body>
+    static void with_pixel(const Channels&, const Body& body) {
+        body(float{});
+    }
+
     // Rows [first, end) are there, as far as they are inside of the image.
+    template <class>
     Plane<const float> read(const Tensor<const T>& from, std::int64_t image, const Channels& channels, int first,
                             int end) {
         const Plane<float> tile = open(from, first, end);
@@ -152,6 +155,7 @@ public:
     }
 
     // Rows [first, end) may be written; written() brings them into the tensor.
+    template <class>
     Plane<float> write(const Tensor<T>& to, std::int64_t image, const Channels& channels, int first, int end) {
         target = to;
         target_image = image;
