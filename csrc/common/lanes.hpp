@@ -102,8 +102,10 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
 // zero, as in those that come from bfloat16 or that processors make.
 inline __m512i rounded(Vec a) {
     const __m512i b = _mm512_castps_si512(a.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
+    // 0x7fff + (1 if the upper half is odd), negated: 0xffff8000 | (1 if it is even)
+    const __m512i minus = _mm512_ternarylogic_epi32(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1),
+                                                    _mm512_set1_epi32(-0x8000), 0xae);
+    return _mm512_sub_epi32(b, minus);
 }
 inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
     _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
@@ -115,11 +117,13 @@ inline Vec load(const OfPair<false>* p) { return {_mm512_castsi512_ps(_mm512_sll
 inline Vec load(const OfPair<true>* p) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
 }
-inline void store(OfPair<false>* p, Vec a, const LastLanes&) {
+inline void store(OfPair<false>* p, Vec a) {
     _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_srli_epi32(rounded(a), 16));
 }
-inline void store(OfPair<true>* p, Vec a, const LastLanes&) {
-    _mm512_mask_storeu_epi16(p - 1, 0xaaaaaaaau, rounded(a));
+inline void store(OfPair<true>* p, Vec a) { _mm512_mask_storeu_epi16(p - 1, 0xaaaaaaaau, rounded(a)); }
+template <bool Second>
+inline void store(OfPair<Second>* p, Vec a, const LastLanes&) {
+    store(p, a);
 }
 
 #elif defined(__AVX2__)

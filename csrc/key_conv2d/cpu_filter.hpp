@@ -235,6 +235,9 @@ struct Ones {
     // left to right, and each step of either is the sum that the next output needs.
     static constexpr bool shared = G::down == 1 && G::up == 1 && G::k >= G::run;
     static constexpr int last = G::run - 1;
+    // Whether one of the windows holds the inputs that no other run starts with, and which.
+    static constexpr bool has_own = G::down == 1 && G::up == 1 && G::k == G::run;
+    static constexpr int own = G::before;
 
     Vec (&sums)[G::run];
     Vec sum = zero();
@@ -251,6 +254,8 @@ struct Ones {
             });
         } else if constexpr (I::value <= last) {
             sums[I::value] = x;
+        } else if constexpr (I::value == last + 1) {
+            sum = x;
         } else {
             sum = sum + x;
         }
@@ -264,6 +269,21 @@ struct Ones {
         if constexpr (shared && I::value > last && I::value >= G::k - 1)
             sums[I::value - G::k + 1] = sums[I::value - G::k + 1] + sum;
     }
+};
+
+// The sum of the inputs that no other run starts with.
+template <class G>
+struct OwnSum {
+    Vec sum = zero();
+
+    template <class I>
+    MKF_ALWAYS_INLINE void meet(I, Vec x) {
+        if constexpr (I::value >= G::before && I::value < G::before + G::block) sum = sum + x;
+    }
+    template <class I>
+    MKF_ALWAYS_INLINE void miss(I) {}
+    template <class I>
+    MKF_ALWAYS_INLINE void passed(I) {}
 };
 
 // Shows all inputs of a run that are inside to the filters. Padding is skipped, not multiplied.

@@ -76,30 +76,32 @@ struct Tasks {
     }
 };
 
+// Stores a run of outputs.
+template <class T, int N>
+MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N], const LastLanes& lanes) {
+    T* to = out.at(run.row, run.column);
+    const std::ptrdiff_t stride = out.column_stride;
+    if (run.count == N && lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
+        unroll<N>([&](auto j) MKF_ALWAYS_INLINE { store(to + j * stride, values[j]); });
+        return;
+    }
+    unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+        if (j < run.count) store(to + j * stride, values[j], lanes);
+    });
+}
+
 template <class T>
 struct Store {
     Plane<T> out;
     LastLanes stored;
 
-    template <class Input>
-    void column(const Input&, Inside) {}
+    void column(Vec) {}
     bool wants_columns() const { return false; }
     void end_of_block() {}
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&)[N]) {
-        T* to = out.at(run.row, run.column);
-        const std::ptrdiff_t stride = out.column_stride;
-        if (run.count == N) {
-            unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-                store(to, sums[j], stored);
-                to += stride;
-            });
-            return;
-        }
-        unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-            if (j < run.count) store(to + j * stride, sums[j], stored);
-        });
+        store(out, run, sums, stored);
     }
 };
 
@@ -165,21 +167,6 @@ struct Total {
     }
 };
 
-// The sum of the inputs that no other strip starts with.
-template <class G>
-struct OwnSum {
-    Vec sum = zero();
-
-    template <class I>
-    MKF_ALWAYS_INLINE void meet(I, Vec x) {
-        if constexpr (I::value >= G::before && I::value < G::before + G::block) sum = sum + x;
-    }
-    template <class I>
-    MKF_ALWAYS_INLINE void miss(I) {}
-    template <class I>
-    MKF_ALWAYS_INLINE void passed(I) {}
-};
-
 // Where the strip's input is dy and its output z = conv(dy, key') or, if nobody asks for the scale's gradient, dx at once.
 template <class G, class T>
 struct Gradients {
@@ -190,19 +177,13 @@ struct Gradients {
     bool of_scale, of_bias;
     Total d_scale, d_shift, d_bias;
 
-    template <class Input>
-    MKF_ALWAYS_INLINE void column(const Input& input, Inside inside) {
-        if (!of_bias) return;
-        OwnSum<G> own;
-        filter<G>(input, inside, own);
-        d_bias.block = d_bias.block + own.sum;
-    }
+    MKF_ALWAYS_INLINE void column(Vec sum) { d_bias.block = d_bias.block + sum; }
 
     bool wants_columns() const { return of_bias; }
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&windows)[N]) {
-        const bool has_box = group.has_box, has_scale = of_scale;  // known to be the same after every store
+        const bool has_box = group.has_box, has_scale = of_scale;
         if (x.pixels) {
             const T* from = x.at(run.row, run.column);
             Vec of_scales = zero(), of_shifts = zero();
@@ -216,15 +197,13 @@ struct Gradients {
             d_shift.block = d_shift.block + of_shifts;
         }
         if (!dx.pixels) return;
-        T* to = dx.at(run.row, run.column);
         const Vec scale = group.scale, shift = group.shift;
+        Vec values[N];
         unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-            if (j >= run.count) return;
-            Vec value = sums[j];
-            if (has_scale) value = scale * value;
-            if (has_scale && has_box) value = fma(shift, windows[j], value);
-            store(to + j * dx.column_stride, value, stored);
+            values[j] = has_scale ? scale * sums[j] : sums[j];
+            if (has_scale && has_box) values[j] = fma(shift, windows[j], values[j]);
         });
+        store(dx, run, values, stored);
     }
 
     void end_of_block() {

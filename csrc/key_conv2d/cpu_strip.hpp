@@ -56,7 +56,8 @@ struct Run {
 };
 
 // `finish(run, sums, windows)` gets the convolution and, where group.has_box, the sums of the windows;
-// `finish.column(input, inside)` sees every column of the input, `finish.end_of_block()` is told about every block.
+// `finish.column(sum)` gets, where finish.wants_columns(), the sum of each column's inputs that no other strip starts with;
+// `finish.end_of_block()` is told about every block.
 template <class G, class T>
 class Strip {
     static constexpr int K = G::k, most_planes = Group<K>::most_terms + 1;
@@ -119,7 +120,8 @@ private:
     void downwards(int block, int begin, int end, Finish& finish, Ahead& ahead) {
         const int first = block * G::block + begin, last = std::min(block * G::block + end, in.columns);
         if (!looks_downwards(finish)) return;
-        const bool has_box = group.has_box, direct = group.direct;  // known to be the same after every store
+        // Known to be the same after every store:
+        const bool has_box = group.has_box, direct = group.direct, columns_wanted = finish.wants_columns();
         const int terms = group.terms;
         const int first_input = first_input_row(first_row);
         const Inside inside(first_input, in.rows);
@@ -133,7 +135,6 @@ private:
                 unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { at[j * G::block] = from[j]; });
             };
             if (!direct) ahead.step();
-            finish.column(input, inside);
             Vec sums[G::run], windows[G::run];
             if (has_box && terms > 0) {  // one look at the inputs for both
                 clear(sums);
@@ -145,6 +146,15 @@ private:
                 filter<G>(input, inside, ones);
             }
             if (has_box) keep(terms, windows);
+            if (columns_wanted) {
+                if (Ones<G>::has_own && has_box) {
+                    finish.column(windows[Ones<G>::own]);
+                } else {
+                    OwnSum<G> own;
+                    filter<G>(input, inside, own);
+                    finish.column(own.sum);
+                }
+            }
             for (int term = has_box; term < terms; ++term) {
                 clear(sums);
                 factor(group.column(term), group.column_mirror[term], sums, input, inside);
