@@ -187,9 +187,9 @@ private:
 template <class G>
 using Taps = std::conditional_t<Vec::width == 16 && G::down == 1 && G::up == 1, Paired<G>, Plain<G>>;
 
-// A filter of which, in each lane, the second half mirrors the first, or its negative where `sign` is -0. Inputs that meet
-// the same tap are added first.
-template <class G>
+// A filter of which, in each lane, the second half mirrors the first, or, if `Signed`, its negative where `sign` is -0. Inputs
+// that meet the same tap are added first.
+template <class G, bool Signed>
 struct Mirrored {
     static constexpr int half = G::k / 2;
 
@@ -202,7 +202,8 @@ struct Mirrored {
     template <class I>
     MKF_ALWAYS_INLINE void meet(I, Vec x) {
         inputs[I::value] = x;
-        const Vec signed_x = x ^ sign;
+        Vec signed_x = x;
+        if constexpr (Signed) signed_x = x ^ sign;
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
             constexpr int tap = G::tap(I::value, decltype(j)::value);
             if constexpr (tap == half) sums[j] = fma(taps[half], x, sums[j]);

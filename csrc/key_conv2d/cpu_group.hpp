@@ -19,9 +19,9 @@ struct Group {
         Vec weight;
     };
 
-    // Whether all lanes of a factor mirror themselves, or their negative where `sign` is -0.
+    // Whether all lanes of a factor mirror themselves, or their negative where `sign` is -0; `even` if none does the latter.
     struct Mirror {
-        bool exists;
+        bool exists, even;
         Vec sign;
     };
 
@@ -103,8 +103,9 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     const Vec key = any_split ? select(splits, own_key + broadcast(static_cast<float>(table.count)), own_key) : own_key;
     const auto entry = [&](int i) { return lookup(table.entry(i), count, key); };
     const auto mirror = [](Vec how) {  // 1, -1 or 0 a lane; 1 and -1 differ in their sign alone
-        const bool exists = bits(abs(how) > zero()) == (1u << Vec::width) - 1;
-        return typename Group<K>::Mirror{exists, how ^ broadcast(1.0f)};
+        constexpr unsigned all = (1u << Vec::width) - 1;
+        const bool exists = bits(abs(how) > zero()) == all, even = bits(how > zero()) == all;
+        return typename Group<K>::Mirror{exists, even, how ^ broadcast(1.0f)};
     };
 
     if (group.direct) {

@@ -102,8 +102,11 @@ private:
     template <class Input, class... Others>
     MKF_ALWAYS_INLINE static void factor(const Vec* taps, const typename Group<K>::Mirror& mirror, Vec (&sums)[G::run],
                                          Input input, Inside inside, Others&... others) {
-        if (mirrors_pay && mirror.exists) {
-            Mirrored<G> mirrored(taps, mirror.sign, sums);
+        if (mirrors_pay && mirror.even) {
+            Mirrored<G, false> mirrored(taps, mirror.sign, sums);
+            filter<G>(input, inside, mirrored, others...);
+        } else if (mirrors_pay && mirror.exists) {
+            Mirrored<G, true> mirrored(taps, mirror.sign, sums);
             filter<G>(input, inside, mirrored, others...);
         } else {
             Taps<G> each(in_registers<K>(taps).v, sums);
