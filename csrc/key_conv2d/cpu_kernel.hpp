@@ -119,7 +119,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
         for (int i = 0; i < tasks.groups; ++i)
             fill(groups[i], p, table, tensors.bias, Channels(p, View::arrangement, vectors.first + i), Weights::whole,
                  false, false);
-        alignas(64) typename Strip<G, float>::Ring ring;
+        alignas(64) Ring<G> ring;
         View reading, writing;
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];
@@ -232,7 +232,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                  tensors.d_scale ? Weights::key : Weights::whole, true, tensors.d_shift != nullptr);
             if (!convolves) groups[i].clear();
         }
-        alignas(64) typename Strip<G, float>::Ring ring;
+        alignas(64) Ring<G> ring;
         View reading_dy, reading_x, writing;
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];

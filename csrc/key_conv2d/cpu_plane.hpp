@@ -92,6 +92,7 @@ struct InPlace {
     static constexpr bool in_pairs = !std::is_same_v<T, float>;
     static constexpr Arrangement arrangement = in_pairs ? Arrangement::alternate : Arrangement::filling;
 
+    // Calls body with a pixel of the type by which these channels are read and written.
     template <class Body>
     static void with_pixel(const Channels& channels, const Body& body) {
         if constexpr (!in_pairs) body(float{});

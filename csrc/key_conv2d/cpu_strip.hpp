@@ -55,21 +55,27 @@ struct Run {
     int row, column, count;
 };
 
+// What the columns of a block of the input give: a plane for each term and one for the sums of the windows.
+template <class G>
+using Block = Vec[Group<G::k>::most_terms + 1][G::run][G::block];
+
+// The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two blocks
+// hold both where these do not overlap.
+template <class G>
+constexpr int blocks_kept = G::before + G::after <= G::block ? 2 : 3;
+
+template <class G>
+using Ring = Block<G>[blocks_kept<G>];
+
 // `finish(run, sums, windows)` gets the convolution and, where group.has_box, the sums of the windows;
 // `finish.column(sum)` gets, where finish.wants_columns(), the sum of each column's inputs that no other strip starts with;
 // `finish.end_of_block()` is told about every block.
 template <class G, class T>
 class Strip {
-    static constexpr int K = G::k, most_planes = Group<K>::most_terms + 1;
+    static constexpr int K = G::k;
 
 public:
-    using Block = Vec[most_planes][G::run][G::block];  // a plane for each term and one for the sums of the windows
-    // The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two
-    // blocks hold both where these do not overlap.
-    static constexpr int blocks_kept = G::before + G::after <= G::block ? 2 : 3;
-    using Ring = Block[blocks_kept];
-
-    Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring& ring)
+    Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring<G>& ring)
         : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring) {}
 
     // The rows of the input that the outputs from first_row on need.
@@ -90,7 +96,7 @@ private:
     const Plane<const T>& in;
     const Group<K>& group;
     const int first_row, rows, columns;  // of the output
-    Ring& ring;
+    Ring<G>& ring;
 
     static int first_input_column(int block) { return block * G::block - G::before; }
 
@@ -130,7 +136,7 @@ private:
         const Inside inside(first_input, in.rows);
         const std::ptrdiff_t row_stride = in.row_stride, column_stride = in.column_stride;
         const T* column = in.at(first_input, first);
-        Vec* to = ring[block % blocks_kept][0][0] + begin;
+        Vec* to = ring[block % blocks_kept<G>][0][0] + begin;
         for (int c = first; c < last; ++c, ++to, column += column_stride) {
             const Strided<const T> input{column, row_stride};
             const auto keep = [&](int plane, const Vec(&from)[G::run]) MKF_ALWAYS_INLINE {
@@ -168,14 +174,16 @@ private:
 
     // Three blocks that follow each other, of which the outputs below the middle one need inputs.
     struct Around {
-        const Block &before, &here, &after;
+        const Block<G>& before;
+        const Block<G>& here;
+        const Block<G>& after;
     };
 
     template <class Finish>
     void sideways(int block, Finish& finish, Ahead& ahead) {
         const int first = block * G::run, count = std::min(G::run, columns - first);
-        const Around around{ring[(block + blocks_kept - 1) % blocks_kept], ring[block % blocks_kept],
-                            ring[(block + 1) % blocks_kept]};
+        constexpr int kept = blocks_kept<G>;
+        const Around around{ring[(block + kept - 1) % kept], ring[block % kept], ring[(block + 1) % kept]};
         if (group.direct) {
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1) {
