@@ -78,20 +78,25 @@ def test_the_fit(fenced, dtype, at_end):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_offsets_beyond_31_bits(layout):
-    """Of memory that is zero, and so never there; all that reads it is the bias's gradient."""
+@pytest.mark.parametrize(("images", "k"), [(17, 7), (17, 3), (1, 7)])
+def test_offsets_beyond_31_bits(images, k, layout):
+    """Of memory that is zero, and so never there; all that reads it is the bias's gradient.
+
+    Across images and within one; a size of 3 goes through a tile also where 7 is read in place.
+    """
     if not any(name == "native" for name, _ in runnable("key_conv2d")):
         pytest.skip("the extension is not built")
-    images, channels, side = 17, 32, 2048
-    elements = images * channels * side**2
+    channels, width = 32, 2048
+    height = 17 * width // images
+    elements = images * channels * height * width
     memory = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     flat = torch.frombuffer(memory, dtype=torch.bfloat16)
-    dy = flat.view(images, channels, side, side)
+    dy = flat.view(images, channels, height, width)
     if layout == "last":
-        dy = flat.view(images, side, side, channels).permute(0, 3, 1, 2)
-    dy[-1, 5, 100:110, 100:110] = 1
+        dy = flat.view(images, height, width, channels).permute(0, 3, 1, 2)
+    dy[-1, 5, -110:-100, 100:110] = 1
     d_bias, one = torch.empty(channels), torch.ones(channels)
     index = torch.zeros(channels, dtype=torch.int32)
-    options = make_plan(torch.ones(1, 7, 7)), index, one, one, (1, 1), (3, 3), (1, 1)
+    options = make_plan(torch.ones(1, k, k)), index, one, one, (1, 1), (k // 2, k // 2), (1, 1)
     native("key_conv2d").key_conv2d_backward(dy, None, *options, None, None, None, d_bias)
     assert torch.equal(d_bias, 100.0 * (torch.arange(channels) == 5))
