@@ -298,6 +298,34 @@ def test_long_sums_keep_their_digits(backend):
         close(problem.backward(backend, (name,))[name], value, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 60000, 1), (1, 5, 1, 60000)], ids=["tall", "wide"])
+def test_sums_of_equal_values_do_not_drift(backend, shape):
+    if not backend.__name__.endswith(".native"):
+        pytest.skip("of the extension's sums; torch's drift")
+    problem = Problem(shape, torch.ones(1, 7, 7))
+    problem.x[:], problem.dy[:] = 0.1, 0.1  # what float32 rounds off is the same at every step
+    found = problem.backward(backend)
+    pixels, value = 60000, problem.x[0, 0, 0, 0].double().item()
+    windows = 7 * pixels - 12  # the inputs of all windows, which padding shortens at both ends
+    assert found["d_bias"].double().numpy() == pytest.approx(pixels * value, rel=2e-6)
+    for name in ("d_scale", "d_shift"):
+        assert found[name].double().numpy() == pytest.approx(windows * value**2, rel=2e-6)
+
+
+@pytest.mark.parametrize("k", [5, 7, 9, 11])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_of_as_many_terms_as_are_cheaper_than_taps(backend, layout, k):
+    most = k // 2
+    columns, rows = noise(k, most, seed=2), noise(k, most, seed=3)
+    columns[:, 0] += columns[:, 0].flip(0)  # the first term mirrors itself in one direction: only alone it may split
+    columns, rows = (torch.linalg.qr(t.double()).Q for t in (columns, rows))
+    terms = columns.T[:, :, None] * rows.T[:, None] * 0.5 ** torch.arange(most)[:, None, None]
+    keys = 5 * terms.cumsum(0).float()
+    assert make_plan(keys).terms.tolist() == list(range(1, most + 1))
+    for shifted in (False, True):
+        Problem((1, 40, 12, 13), keys, layout=layout, shifted=shifted).check(backend)
+
+
 def test_what_the_extension_does_not_serve():
     native = next(i for i in registry.implementations("key_conv2d") if i.name == "native").load()
     plan, x = make_plan(some_keys("mixed", 7)), noise(1, 3, 9, 9)
@@ -354,6 +382,13 @@ def test_two_of_the_gradients(backend, wanted, layout):
             Problem((2, 21, 9, 10), some_keys(kind, 7), stride, layout=layout).check(backend, wanted, bias=False)
 
 
+@pytest.mark.parametrize("kind", ["direct", "rank1"])
+def test_shifts_that_are_all_negative(backend, kind):
+    problem = Problem((2, 21, 9, 10), some_keys(kind, 7))
+    problem.shift = -0.1 - problem.shift.abs()
+    problem.check(backend, ("dx", "d_scale"))
+
+
 def test_bands_of_strips_that_threads_do_not_divide(backend):
     problem, results = Problem((1, 70, 43, 30), some_keys("mixed", 7)), []
     for count in (1, 3, 5):
@@ -386,10 +421,13 @@ def test_one_sided_keys_among_many_others(backend, count):
 def test_a_vector_that_overlaps_the_one_before_leaves_its_channels_alone(backend):
     if not backend.__name__.endswith(".native"):
         pytest.skip("of the extension's vectors")
-    keys = some_keys("mixed", 7)
+    keys = torch.cat([some_keys("rank1", 7)[:1], some_keys("direct", 7)[:1]])
     whole, part = Problem((1, 17, 9, 10), keys), Problem((1, 16, 9, 10), keys)
     whole.index[:], part.index[:] = 0, 0
-    whole.index[16] = 5
+    whole.index[16] = 1  # taken tap by tap, and so are all that share its vector: they would be rounded otherwise
     part.x, part.dy = part.tensor(whole.x[:, :16]), part.tensor(whole.dy[:, :16])
     part.scale, part.shift, part.bias = (t[:16].clone() for t in (whole.scale, whole.shift, whole.bias))
     assert torch.equal(whole.forward(backend)[:, :16], part.forward(backend))
+    found, expected = whole.backward(backend), part.backward(backend)
+    assert torch.equal(found["dx"][:, :16], expected["dx"])
+    assert all(torch.equal(found[name][:16], expected[name]) for name in GRADIENTS[1:])
