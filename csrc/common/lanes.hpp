@@ -64,17 +64,17 @@ inline void store(float* p, Vec a, const LastLanes& lanes) {
 
 inline Vec zero() { return broadcast(0.0f); }
 
-// The nearest bfloat16, ties to even; a NaN stays one.
+// The nearest bfloat16, ties to even, as all vectors are stored. A NaN stays one where its lower half is zero, as in all
+// that come from bfloat16 or that processors make; there are no others to store.
 static inline BFloat16 to_bfloat16(float x) {
     std::uint32_t b;
     std::memcpy(&b, &x, sizeof b);
-    if ((b & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((b >> 16) | 0x40u)};
     return {static_cast<std::uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
 }
 
-// The first or the second of a pair of bfloat16, where every pair has one lane and all lanes are there. One instruction then
-// makes float32 of memory, where neighbours would take two. Both are read and written where the first lies: a vector that
-// began one later, or one earlier, would lie in two lines.
+// The first or the second of a pair of bfloat16, where every pair has one lane and all lanes are there. One instruction
+// then makes float32 of memory, where neighbours would take two. Both are read and written where the first lies: a
+// vector that began one later, or one earlier, would lie in two lines.
 template <bool Second>
 struct OfPair {
     BFloat16 value;
@@ -98,8 +98,7 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
 
-// The nearest bfloat16, ties to even, in the upper half of each lane. A NaN stays one where the lower half of its bits is
-// zero, as in those that come from bfloat16 or that processors make.
+// The nearest bfloat16 in the upper half of each lane.
 inline __m512i rounded(Vec a) {
     const __m512i b = _mm512_castps_si512(a.v);
     // 0x7fff + (1 if the upper half is odd), negated: 0xffff8000 | (1 if it is even)
@@ -136,12 +135,9 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
     return lanes.full() ? load_floats(p) : load_some(p, lanes.count);
 }
 inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
-    const __m256i b = _mm256_castps_si256(a.v), high = _mm256_srli_epi32(b, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd), 16);
-    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-    const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m256i b = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+    const __m256i result = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd), 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
     if (lanes.full()) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
     alignas(16) BFloat16 values[8];
