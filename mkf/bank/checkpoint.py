@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mkf._files import replacing
 from mkf.bank.compact import expand, is_part
 from mkf.bank.extract import is_depthwise, unshared, without_compiled
 from mkf.bank.schema import KERNEL_SIZES, Layer
@@ -131,12 +132,9 @@ def write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, 
     # Copies, because a state dict may hold one tensor under two names, which the format refuses.
     plain = torch.contiguous_format
     copies = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in state.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(save(copies, dict(metadata)))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # gone already where all went well
+    data = save(copies, dict(metadata))
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mkf._files import replacing
 from mkf.bank.schema import metadata_schema
 from mkf.bank.shard import rechunk
 from mkf.ops import stream
@@ -102,10 +102,17 @@ def write_fit(
     schema = _schema(is_bank, lists).with_metadata({FORMAT: json.dumps(_description(keys, method, sign, topk))})
     leaves = {name: f"{name}.list.element" if name in lists else name for name in AffineFit._fields}
     strings = ["model", "layer"] if is_bank else []
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a fit is written to a file, nothing was written")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     with (
         closing(stream.pieces(filters, rows, COLUMNS)) as pieces,
         torch.no_grad(),
-        _replacing(Path(out).expanduser()) as file,
+        replacing(path) as file,
         pq.ParquetWriter(
             file,
             schema,
@@ -181,24 +188,3 @@ def _description(keys: Any, method: str, sign: str, topk: int | None) -> dict[st
         "topk": topk,
         "keys": {**known, "filters": numbers.tolist()},
     }
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """Open a hidden file beside `path` for writing; without an error it takes that name once it is on the disk."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a fit is written to a file, nothing was written")
-    unfinished = path.with_name(f".{path.name}.writing-{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = unfinished.open("wb")
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with handle as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mkf._files import replacing
+
 FORMAT = "mkf.keys"
 VERSION = 1
 
@@ -55,15 +57,8 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         "licence": contents.licence,
     }
     data = save({"filters": contents.filters}, metadata=metadata)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _read_safetensors(path: Path) -> Contents:

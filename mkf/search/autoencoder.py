@@ -1,7 +1,6 @@
 """Candidates for keys by the paper's autoencoder: every filter becomes one number, and numbers become filters."""
 
 import copy
-import io
 import math
 import os
 import pickle
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mkf._files import replacing
 from mkf.keys import KeySet
 from mkf.search.clusters import check_count
-from mkf.search.eliminate import replace_file
 from mkf.search.objectives import fingerprint
 from mkf.search.sample import draw, positive, unit
 
@@ -359,9 +358,9 @@ class _Training:
             "step": self.step,
             "history": [list(entry) for entry in self.history],
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        replace_file(path, buffer.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save(content, file)
 
     def load(self, path: Path) -> None:
         """Go on from a file, if it is there."""

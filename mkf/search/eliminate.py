@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mkf._files import replacing
 from mkf.keys import KeySet
 from mkf.search.objectives import Judge, Loss, Objective, fingerprint
 
@@ -180,7 +181,9 @@ class _State:
 
     def write(self, removed: list[int], losses: list[Loss], without: dict[int, Loss]) -> None:
         content: dict[str, Any] = {**self._identity, "removed": removed, "losses": losses, "without": without}
-        replace_file(self._path, json.dumps(content).encode())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as file:
+            file.write(json.dumps(content).encode())
 
 
 class _Search:
@@ -227,18 +230,3 @@ class _Search:
         for key in known[0]:
             self._judge.drop(key)
         return known
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that its name always stands for the whole old or the whole new content.
-
-    Raises:
-        OSError: The folder cannot be made or written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

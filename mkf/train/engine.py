@@ -1,6 +1,7 @@
 """The training loop: one configuration in, a folder with the weights, the control and the history out."""
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mkf._files import replacing
 from mkf.bank.checkpoint import write
 from mkf.nn import KeyConv2d
 from mkf.train.config import TrainConfig
@@ -87,7 +89,8 @@ def train(
         while len(run.history) < config.epochs:
             record = run.epoch(on_step)
             _write_history(run.history, out)
-            _replace(last, lambda path: torch.save(run.state(), path))
+            with replacing(last) as file:
+                torch.save(run.state(), file)
             kept = record.epoch
             if on_epoch:
                 on_epoch(record)
@@ -303,21 +306,12 @@ def _targets(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:
     return mix, SoftTargetCrossEntropy()
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path` and move it there, so that `path` is never half-written."""
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def _write_history(history: list[EpochRecord], out: Path) -> None:
     rows = [asdict(record) for record in history]
-
-    def write_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    _replace(out / "history.csv", write_csv)
-    _replace(out / "history.json", lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    for name, text in {"history.csv": table.getvalue(), "history.json": json.dumps(rows, indent=2) + "\n"}.items():
+        with replacing(out / name) as file:
+            file.write(text.encode())
