@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import os
-import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mkf._files import replacing
+from mkf._files import UNFINISHED, replacing
 from mkf.bank.checkpoint import write
 from mkf.nn import KeyConv2d
 from mkf.train.config import TrainConfig
@@ -63,22 +63,37 @@ def train(
     Raises:
         FileNotFoundError: The data folder is missing or lacks a split.
         FileExistsError: `out` holds a finished run.
-        ValueError: Bad data, model or option, an interrupted run of another configuration, a loss not finite, or one of
-            several processes, as under torchrun.
+        ValueError: Bad data, model or option, an interrupted run of another configuration or on other images, another
+            run that writes into `out` now, a loss not finite, or one of several processes, as under torchrun.
+        OSError: `out` cannot be made or written.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each would train on its own and write into the same folder
         raise ValueError("mkf train runs in one process on one device; start it without torchrun, or with one process")
-    out = Path(config.out)
-    if (out / "model.safetensors").exists():
-        raise FileExistsError(f"{out} holds a finished run; choose another folder")
     if config.threads:
         torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        return _train(config, out, on_epoch, on_step, on_start)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    on_epoch: Callable[[EpochRecord], None] | None,
+    on_step: Callable[[int, int], None] | None,
+    on_start: Callable[[float], None] | None,
+) -> list[EpochRecord]:
+    """What `train` does in its folder, which is there and no other run's."""
+    if (out / "model.safetensors").exists():
+        raise FileExistsError(f"{out} holds a finished run; choose another folder")
+    for part in out.glob(UNFINISHED):  # of a run that was killed as it wrote
+        part.unlink()
     last = out / "last.pt"
     state = _kept(last, config) if last.exists() else None  # other options are told before the images are read
     kept = len(state["history"]) if state else 0
     try:
         run = _Run(config)
-        out.mkdir(parents=True, exist_ok=True)
         if state:
             run.load(state)
         else:
@@ -103,6 +118,35 @@ def train(
     return run.history
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second run in the folder: each would replace the files of the other.
+
+    The lock is on the folder itself and ends with the process, however that ends. Windows and some network disks have
+    no such locks; there nothing is refused.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing into {folder}: choose another folder, or wait") from None
+        except OSError:  # this disk has none
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that load data hold the descriptor too, open
+    finally:
+        os.close(descriptor)
+
+
 class _Run:
     """The state of one training."""
 
@@ -118,6 +162,7 @@ class _Run:
         model = build_model(config, self.classes)  # wrong options are told before the images are read
         train_set = ParquetImages(config.data, TRAIN_SPLITS)
         test_set = ParquetImages(config.data, TEST_SPLITS)
+        self.images = {name: np.bincount(of.labels).tolist() for name, of in (("train", train_set), ("test", test_set))}
         self.train_loader, self.test_loader = loaders(config, train_set, test_set)
         if not len(self.train_loader):
             raise ValueError(f"{len(train_set)} training images are fewer than one batch of {config.batch_size}")
@@ -217,6 +262,7 @@ class _Run:
         """What `load` needs; plain types and tensors, so that it loads with `weights_only`."""
         return {
             "recipe": self.config.recipe,
+            "images": self.images,
             "history": [asdict(record) for record in self.history],
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema else None,
@@ -224,7 +270,17 @@ class _Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state of the same recipe."""
+        """Continue from a state of the same recipe.
+
+        Raises:
+            ValueError: It is of other images, in a folder of the same name.
+        """
+        if state["images"] != self.images:
+            raise ValueError(
+                f"{self.config.out} holds an interrupted run on other images, in a folder that was called "
+                f"{self.config.data_set} too, with other numbers of images in its classes: go on with those, or choose "
+                "another --out"
+            )
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["model_ema"])
@@ -250,14 +306,22 @@ class _Run:
         }
 
 
+_STATE = {"recipe": dict, "images": dict, "history": list, "model": dict, "optimizer": dict}
+"""What a state must hold, whether or not weights are averaged."""
+
+
 def _kept(path: Path, config: TrainConfig) -> dict[str, Any]:
     """The state that an interrupted run of the same recipe kept."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["recipe"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint of an interrupted run: {error}") from error
-    mine = config.recipe
+        if wrong := [name for name, kind in _STATE.items() if not isinstance(state[name], kind)]:
+            raise TypeError(f"of another type: {', '.join(wrong)}")
+    except Exception as error:  # of a damaged file torch.load raises nearly anything, OSError too
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of an interrupted run ({type(error).__name__}): delete it to start "
+            "anew"
+        ) from error
+    mine, theirs = config.recipe, state["recipe"]
     if changed := [key for key in mine if mine[key] != theirs.get(key)]:
         changes = [f"{key}: {theirs.get(key)!r}, now {mine[key]!r}" for key in changed]
         raise ValueError(

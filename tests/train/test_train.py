@@ -1,9 +1,11 @@
 """Training runs, small enough for a test."""
 
 import json
+import os
 import shlex
 from dataclasses import asdict, fields, replace
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -21,6 +24,7 @@ import mkf.train.engine
 from mkf.cli import app
 from mkf.cli.train import command
 from mkf.train import EpochRecord, TrainConfig, build_model, train
+from tests.train.conftest import WriteImages
 
 TINY = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4}
 
@@ -294,18 +298,71 @@ def test_one_of_several_processes(colours: Path, tmp_path: Path, monkeypatch: py
     assert cli(colours, tmp_path / "run")[0] == 0
 
 
-def test_resume_refuses_other_options(colours: Path) -> None:
+def interrupt(run: TrainConfig) -> None:
+    """Stop it after its first epoch."""
+
     def stop(record: EpochRecord) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config(colours, "run"), on_epoch=stop)
+        train(run, on_epoch=stop)
+
+
+def saved(state: Any) -> bytes:
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_resume_refuses_other_options(colours: Path) -> None:
+    interrupt(config(colours, "run"))
     other = r"interrupted run with other options \(lr: 0.002, now 0.1\): repeat the earlier options to go on"
     with pytest.raises(ValueError, match=other):
         train(config(colours, "run", lr=0.1))
-    (colours.parent / "run" / "last.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="is not a checkpoint of an interrupted run"):
-        train(config(colours, "run"))
+
+
+def test_resume_refuses_other_images_in_a_folder_of_the_same_name(
+    colours: Path, tmp_path: Path, write_images: WriteImages
+) -> None:
+    interrupt(config(colours, "run"))
+    other = tmp_path / "other" / "colours"
+    for split, labels in {"train": [0, 1, 2, 2] * 4, "val": [0]}.items():
+        write_images(other / f"{split}-0.parquet", [Image.new("RGB", (16, 16))] * len(labels), labels)
+    with pytest.raises(ValueError, match="run on other images, in a folder that was called colours too"):
+        train(replace(config(colours, "run"), data=str(other)))
+
+
+def test_resume_refuses_what_is_no_checkpoint(colours: Path) -> None:
+    interrupt(config(colours, "run"))
+    last = colours.parent / "run" / "last.pt"
+    whole, state = last.read_bytes(), torch.load(last, weights_only=True)
+    cut = [whole[:size] for size in range(0, len(whole), len(whole) // 40)]
+    parts: list[Any] = [[1], {}, {"recipe": state["recipe"]}, state | {"recipe": [1]}]
+    for content in (b"not a checkpoint", *cut, *map(saved, parts)):
+        last.write_bytes(content)
+        with pytest.raises(ValueError, match=r"last\.pt is damaged or not a checkpoint of an interrupted run"):
+            train(config(colours, "run"))
+
+
+def test_a_killed_run_leaves_no_parts_for_long(colours: Path) -> None:
+    part = colours.parent / "run" / ".last.pt.writing-01234567"
+    part.parent.mkdir()
+    part.touch()
+    train(config(colours, "run"))
+    assert not part.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder cannot be locked here")
+def test_two_runs_in_one_folder(colours: Path) -> None:
+    run = config(colours, "run")
+
+    def begin_another(done: int, steps: int) -> None:
+        with pytest.raises(ValueError, match=r"another run is writing into .*run: choose another folder, or wait"):
+            train(replace(run, seed=1))
+
+    train(run, on_step=begin_another)
+    with pytest.raises(FileExistsError, match="finished run"):  # the folder is free again
+        train(run)
 
 
 def test_an_interruption_tells_where_the_run_goes_on(
