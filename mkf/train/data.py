@@ -187,7 +187,10 @@ def _read(path: Path, columns: list[str]) -> Any:
         raise ValueError(f"{path}: column image has type {image}; a struct with a field `bytes` is needed")
     if not pa.types.is_integer(label):
         raise ValueError(f"{path}: column label has type {label}; integers are needed")
-    table = pq.read_table(path, columns=columns)
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:  # its schema is whole, a page is not
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if nulls := table["label"].null_count:
         raise ValueError(f"{path}: column label has {nulls} nulls")
     return table
@@ -195,12 +198,15 @@ def _read(path: Path, columns: list[str]) -> Any:
 
 def _decode(content: bytes | None, where: str) -> np.ndarray:
     """Decode one image to a uint8 array (H, W, 3)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(BytesIO(content or b"")) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would cut all above 255 off
-                raise ValueError(f"{where}: the image has more than 8 bits a channel (Pillow's mode {image.mode})")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # the last is Pillow's for damaged PNG files
+            mode = image.mode
+            if mode not in ("I", "F") and not mode.startswith("I;16"):  # Pillow would cut all above 255 off
+                return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # what Pillow raises for damaged and for huge images differs from format to format
         raise ValueError(f"{where}: the image cannot be decoded: {error}") from error
+    raise ValueError(f"{where}: the image has more than 8 bits a channel (Pillow's mode {mode})")

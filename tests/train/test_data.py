@@ -150,6 +150,23 @@ def test_a_damaged_image(tmp_path: Path) -> None:
         ParquetImages(tmp_path)
 
 
+def test_an_image_that_is_too_large_for_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    table = pa.table({"image": pa.array([{"bytes": png(Image.new("RGB", (3, 3)))}], IMAGE), "label": pa.array([0])})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="row 0: the image cannot be decoded: Image size"):
+        ParquetImages(tmp_path)
+
+
+def test_a_damaged_page_is_told_with_its_file(tmp_path: Path, write_images: WriteImages) -> None:
+    path = write_images(tmp_path / "train-0.parquet", [Image.effect_noise((64, 64), 50)], [0])
+    content = bytearray(path.read_bytes())
+    content[4:44] = bytes(40)  # the header of the first page, after the magic word
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-0\.parquet is damaged"):
+        ParquetImages(tmp_path)
+
+
 def test_transform_must_be_set(colours: Path) -> None:
     with pytest.raises(RuntimeError, match="transform"):
         ParquetImages(colours)[0]
