@@ -380,6 +380,11 @@ def _top1(model: nn.Module, loader: Iterable[Any]) -> float:
     for batch in loader:
         labels = _labels(batch).to(device)
         logits = model(_images(batch, device))
+        if len(labels) and int(labels.max()) >= logits.shape[1]:
+            raise ValueError(
+                f"the loader has labels up to {int(labels.max())}, but the network tells only {logits.shape[1]} "
+                "classes apart: give it images of the set that it was trained on"
+            )
         correct += int((logits.argmax(1) == labels).sum())
         count += len(labels)
     if not count:

@@ -192,6 +192,8 @@ def test_what_is_refused():
         judge([(x, torch.zeros(3).long())])
     with pytest.raises(ValueError, match="unlabelled"):
         judge([(x, torch.tensor([0, 1, -1, 0]))])
+    with pytest.raises(ValueError, match="labels up to 1000, but the network tells only"):
+        judge([(x, torch.tensor([0, 1, 1000, 0]))])
     for kind in (Accuracy, OutputError):
         with pytest.raises(ValueError, match="no images"):
             judge([], kind)
