@@ -166,9 +166,7 @@ def _load(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except OSError:
-            raise
-        except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, KeyError and others
+        except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, OSError and others
             if code := re.search(r"unsupported global:?\s+(?:GLOBAL\s+)?(\S+)", str(error), re.IGNORECASE):
                 raise ValueError(
                     f"{path} is a pickle that needs code to run ({code[1]}); mkf never runs code from a file. "

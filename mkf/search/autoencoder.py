@@ -1,9 +1,9 @@
 """Candidates for keys by the paper's autoencoder: every filter becomes one number, and numbers become filters."""
 
 import copy
+import io
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -366,8 +366,9 @@ class _Training:
         """Go on from a file, if it is there."""
         if not path.exists():
             return
+        file = io.BytesIO(path.read_bytes())  # a file that cannot be read is told as such
         try:
-            content = torch.load(path, map_location=self._train.device, weights_only=True)
+            content = torch.load(file, map_location=self._train.device, weights_only=True)
             differs = [name for name, value in self._identity.items() if content["identity"].get(name) != value]
             if not differs:
                 self._network.load_state_dict(content["network"])
@@ -375,7 +376,7 @@ class _Training:
                 self._best, self._stale, self.step = content["best"], content["stale"], content["step"]
                 self.history = [Round(*entry) for entry in content["history"]]
                 return
-        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+        except Exception as error:  # of a damaged file torch raises nearly anything, its OSError and ValueError too
             raise ValueError(f"{path} is damaged or no training's state: delete it to start anew") from error
         raise ValueError(
             f"{path} belongs to another training ({', '.join(differs)} differ): name another file, or delete it"

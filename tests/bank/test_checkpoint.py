@@ -202,6 +202,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     contents = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>", "noise": bytes(range(256))}
     contents["archive"] = b"PK\x03\x04" + bytes(40) + b"PK\x05\x06" + b"\xff" * 18
     contents["plain"] = pickle.dumps({"c.weight": [1.0]})
+    large = saved(tmp_path / "large.pth", {"c.weight": torch.zeros(200, 1, 7, 7)}).read_bytes()
+    contents |= {f"cut{size}": large[:size] for size in range(1000, len(large), 3000)}  # to torch some are OSErrors
     for name, content in contents.items():
         (tmp_path / f"{name}.pth").write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}\.pth is truncated, damaged, or no PyTorch checkpoint") as caught:
