@@ -146,6 +146,7 @@ class _Counter:
         self._keys, self._control, self._shown = keys, control, shown
         self._layers: dict[str, dict[str, LayerStatistics]] = {}
         self._moments: dict[str, Array] = {}
+        self._origins: dict[str, tuple[str, str]] = {}
         self._residuals, self._control_residuals = FitTally(len(keys)), FitTally(len(control))
         self._atlas, self._sample = _Sample(atlas) if atlas else None, _Sample(_SAMPLE_PER_KEY)
         self._random = np.random.default_rng(0)
@@ -181,6 +182,9 @@ class _Counter:
                 residuals=_histogram(residual[on]),
                 control_residuals=_histogram(control_residual[on]),
             )
+            if model not in self._layers:
+                first = metadata.slice(int(rows[0]), 1).to_pylist()[0]
+                self._origins[model] = first["source"], first["licence"]
             of_model = self._layers.setdefault(model, {})
             layer = of_model.setdefault(name, LayerStatistics(name, depth, normalised_depth, Tally.empty(keys)))
             if layer is not self._open:
@@ -223,7 +227,7 @@ class _Counter:
                     parts = [self._atlas.of((model, layer.layer, key)) for key in keys]
                     layer.sample = SampledFilters.join(part for part in parts if part is not None)
             by_depth = sorted(layers.values(), key=lambda layer: layer.depth)
-            models.append(ModelStatistics(model, by_depth, self._moments[model]))
+            models.append(ModelStatistics(model, by_depth, self._moments[model], *self._origins[model]))
         labels = tuple(self._layers)
         return Analysis(
             self._keys,

@@ -84,11 +84,12 @@ def notes(analysis: Analysis) -> list[str]:
         f"Effective dimension (participation ratio): {dimension:.1f} of {taps - 1}. Near-duplicates of an earlier "
         f"filter of their layer (|correlation| >= {DUPLICATE}): {alike}."
     )
+    control = f" ({analysis.control.provenance})" if analysis.control.provenance else ""
     lines.append(
         "Every filter is counted under the key of largest |correlation|, whose mean is |corr|; resid is the median "
         "(25%, 50%, 75%: quartiles) of the part of a filter's norm that scale * key + shift leaves over, 0 for a "
         "linear shift of the key and 1 for nothing in common; random is its median with "
-        f"{_plural(len(analysis.control), 'random key')}; white-noise filters reach a |corr| of "
+        f"{_plural(len(analysis.control), 'random key')}{control}; white-noise filters reach a |corr| of "
         f"{_decimal(analysis.noise_correlation)} with these keys by chance."
     )
     return lines

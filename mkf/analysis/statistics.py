@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mkf import __version__
 from mkf.analysis.similarity import participation
 from mkf.bank import UNTRAINED
 from mkf.ops.fit_statistics import FitStatistics, histogram_quantile
@@ -186,11 +187,15 @@ class ModelStatistics:
         model: Its name.
         layers: In order of depth.
         moment: Sum of x x^T over the live filters x, centred and of norm 1, float64 (k * k, k * k).
+        source: Where the bank has it from.
+        licence: Of its filters.
     """
 
     model: str
     layers: list[LayerStatistics]
     moment: Array
+    source: str = ""
+    licence: str = ""
 
     @cached_property
     def tally(self) -> Tally:
@@ -335,6 +340,7 @@ class Analysis:
 
         ```
         schema                       "mkf.analysis/2"
+        mkf                          the version of mkf that made it
         keys                         kernel_size, names [K], kinds [K], provenance, licence, filters [K][k][k]
         control                      the same without `filters`: the random keys
         quantiles [5]                the levels of every quantile list below
@@ -348,7 +354,7 @@ class Analysis:
         families []                  family, models [], the fields of a tally, spread [K], distance
         depths [10]                  the fields of a tally, by normalised depth
         total                        a tally
-        models []                    model, the fields of a tally, effective_dimension, layers []
+        models []                    model, source, licence, the fields of a tally, effective_dimension, layers []
         models [].layers []          layer, depth, normalised_depth, the fields of a tally, non_finite_channels []
         ```
         A tally is `filters`, `dead`, `non_finite`, `duplicates` (numbers of filters; the last is null where a layer was
@@ -359,6 +365,7 @@ class Analysis:
         keys, control = self.keys, self.control
         return {
             "schema": SCHEMA,
+            "mkf": __version__,
             "keys": {**_describe(keys), "filters": keys.filters.tolist()},
             "control": _describe(control),
             "quantiles": list(QUANTILES),
@@ -384,6 +391,8 @@ class Analysis:
             "models": [
                 {
                     "model": model.model,
+                    "source": model.source,
+                    "licence": model.licence,
                     **model.tally.to_dict(),
                     "effective_dimension": _finite(model.effective_dimension),
                     "layers": [

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mkf import __version__
 from mkf._files import UNFINISHED, replacing
 from mkf.bank.checkpoint import write
 from mkf.nn import KeyConv2d
@@ -302,7 +303,7 @@ class _Run:
             "epochs": str(epochs),
             "seed": str(self.config.seed),
             "command": self.config.command(),
-            "versions": json.dumps({"torch": torch.__version__, "timm": timm.__version__}),
+            "versions": json.dumps({"mkf": __version__, "torch": torch.__version__, "timm": timm.__version__}),
         }
 
 

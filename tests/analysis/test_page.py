@@ -34,7 +34,7 @@ def bank() -> FilterBank:
     return FilterBank.concat(
         [
             FilterBank.from_layers([Layer("blocks.0", first), Layer("blocks.1", second)], NASTY),
-            FilterBank.from_layers([Layer("only", third)], "other_a"),
+            FilterBank.from_layers([Layer("only", third)], "other_a", source="a <file>", licence="MIT"),
             FilterBank.from_layers([Layer("only", third[:3])], "other_b"),
             FilterBank.from_layers([Layer("only", noise(30, 7, 7, seed=3))], "other-untrained"),
         ]
@@ -63,6 +63,13 @@ def test_it_is_one_file_that_loads_nothing(text: str) -> None:
     assert "default-src 'none'" in text
     outside = re.sub(r'(src|href)="(data:[^"]*|#[a-z]+)"', "", text)
     assert not re.search(r"""\b(src|href)=|url\(|https?://|@import|\bfetch\(|XMLHttpRequest""", outside)
+
+
+def test_it_tells_what_it_was_made_of_and_by(text: str) -> None:
+    assert f"Made by mkf {mkf.__version__} from" in text
+    assert "other_a: a &lt;file&gt;; licence MIT" in text
+    assert "other_b:" not in text  # of which nothing is known
+    assert "8 random keys (Gaussian white noise, seed 0)" in text
 
 
 def test_names_are_escaped(text: str) -> None:

@@ -212,6 +212,15 @@ def test_the_json_document_is_finite_and_complete() -> None:
     assert document["quantiles"] == list(QUANTILES)
 
 
+def test_the_json_document_tells_what_made_it_and_of_what() -> None:
+    layers = [Layer("1", noise(3, 7, 7)), Layer("2", noise(3, 7, 7))]
+    bank = FilterBank.from_layers(layers, "one", source="file.pth", licence="MIT")
+    document = analyse(FilterBank.concat([bank, FilterBank.from_layers(layers, "two")]), KEYS).to_dict()
+    assert document["mkf"] == mkf.__version__
+    told = [(model["model"], model["source"], model["licence"]) for model in document["models"]]
+    assert told == [("one", "file.pth", "MIT"), ("two", "", "")]
+
+
 def test_real_filters(data_dir: Path) -> None:
     analysis = analyse(FilterBank.from_checkpoint(data_dir / "filters" / "trained_k7.safetensors"), KEYS)
     assert analysis.tally.filters == 2157

@@ -90,7 +90,8 @@ def test_command_line_end_to_end(colours: Path, tmp_path: Path) -> None:
         "seed": "3",
     }
     assert float(metadata["test_accuracy"]) == pytest.approx(row["top1"], abs=0.005)
-    assert json.loads(metadata["versions"])["torch"] == torch.__version__
+    versions = json.loads(metadata["versions"])
+    assert (versions["mkf"], versions["torch"]) == (mkf.__version__, torch.__version__)
     assert str(tmp_path) not in json.dumps(metadata)
     trained, initial = load_file(out / "model.safetensors"), load_file(out / "initial.safetensors")
     assert trained.keys() == initial.keys()

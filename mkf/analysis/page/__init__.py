@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mkf import __version__
 from mkf.analysis.figures import key_colours
 from mkf.analysis.identification import Identification
 from mkf.analysis.natural import NaturalKeys, Reconstruction
@@ -91,7 +92,8 @@ def render(
 </noscript>
 {body}
 </main>
-<footer>Made by mkf from {whole(analysis.tally.filters)} filters. Keys: {escape(analysis.keys.provenance or "given")}.
+<footer>Made by mkf {__version__} from {whole(analysis.tally.filters)} filters.
+Keys: {escape(analysis.keys.provenance or "given")}.
 This page is one file and loads nothing.</footer>
 <script type="application/json" id="data">{data}</script>
 <script>{(_HERE / "page.js").read_text("utf-8")}</script>

@@ -366,7 +366,7 @@ def _jpeg(image: Any, original: Any) -> str:
 
 
 def numbers(analysis: Analysis, fits: bytes = b"", said: str = "") -> str:
-    """Downloads, with a file of fits unless that is empty, a table of each network's layers, and notes."""
+    """Downloads, with a file of fits unless that is empty, a table of each network's layers, sources, and notes."""
     document = json.dumps(analysis.to_dict(), separators=(",", ":"), allow_nan=False)
     files = [
         (f"{name}.csv", "text/csv", report.as_csv(rows).encode()) for name, rows in report.tables(analysis).items()
@@ -388,7 +388,17 @@ def numbers(analysis: Analysis, fits: bytes = b"", said: str = "") -> str:
         tables = "<h3>Every layer</h3>" + "".join(_layer_table(model) for model in analysis.models)
     notes = "".join(f"<p class='small'>{escape(line)}</p>" for line in report.notes(analysis))
     below = f'<p class="small">{escape(said)}</p>' if said else ""
-    return f'<ul class="downloads">{links}</ul>{below}{tables}<h3>Notes</h3>{notes}'
+    return f'<ul class="downloads">{links}</ul>{below}{tables}{_origins(analysis)}<h3>Notes</h3>{notes}'
+
+
+def _origins(analysis: Analysis) -> str:
+    """Where each network is from, and its licence, as far as the bank knows."""
+    told = {
+        model.model: "; ".join(filter(None, (model.source, model.licence and f"licence {model.licence}")))
+        for model in analysis.models
+    }
+    lines = "".join(f"<p class='small'>{escape(f'{name}: {words}')}</p>" for name, words in told.items() if words)
+    return f"<h3>Where they come from</h3>{lines}" if lines else ""
 
 
 def _layer_table(model: ModelStatistics) -> str:
