@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mkf._files import replacing
 from mkf.analysis.counting import DUPLICATES_WITHIN
 from mkf.analysis.similarity import DUPLICATE
 from mkf.analysis.statistics import QUANTILES, Analysis, Tally, key_labels
@@ -114,7 +115,8 @@ def write(analysis: Analysis, out: Path) -> list[Path]:
     files = {"analysis.json": json.dumps(document, indent=1, allow_nan=False) + "\n"}
     files |= {f"{name}.csv": as_csv(rows) for name, rows in tables(analysis).items()}
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8", newline="")
+        with replacing(out / name) as file:
+            file.write(text.encode())
     return [out / name for name in files]
 
 

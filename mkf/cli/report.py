@@ -42,6 +42,7 @@ def command(
     with user_errors():
         from rich.console import Console
 
+        from mkf._files import replacing
         from mkf.analysis import analyse, identify, natural_keys, page, reconstruct, report
         from mkf.analysis.natural import default_image
         from mkf.keys import parse
@@ -83,9 +84,11 @@ def command(
                 progress=lambda done, total: progress.update(naming, completed=done, total=total),
             )
         text = page.render(analysis, found, natural, title, bank)
-        out.write_text(text, encoding="utf-8")
+        content = text.encode()
+        with replacing(out) as file:
+            file.write(content)
         console = stdout()
-        console.print(f"Written to {out}: {len(text.encode()) / 1e6:.1f} MB", soft_wrap=True)
+        console.print(f"Written to {out}: {len(content) / 1e6:.1f} MB", soft_wrap=True)
         for suffix, folder in folders.items():
             if folder is not None:
                 written = report.write_figures(analysis, folder, suffix)

@@ -1,9 +1,11 @@
 """Tables that fit a terminal, and files that other programs can read."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -69,6 +71,17 @@ def test_many_keys_are_named_not_listed() -> None:
 def test_an_empty_cell_where_nothing_is_live() -> None:
     analysis = analyse(bank_of(torch.zeros(2, 7, 7)), KEYS)
     assert printed(report.model_table(analysis))[-1].split()[4:] == ["-"] * 11
+
+
+def test_a_full_disk_leaves_the_old_files(analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "analysis.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*analysis\.json: No space left"):
+        report.write(analysis, tmp_path)
+    assert (tmp_path / "analysis.json").read_text() == "old"
 
 
 def test_notes_name_what_is_wrong(analysis: Analysis) -> None:

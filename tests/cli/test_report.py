@@ -1,5 +1,7 @@
 """`mkf report` as it is typed."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +45,20 @@ def test_a_page_and_figures(bank_dir: Path, picture: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "f").iterdir()} == {
         "keys.pdf", "atlas.pdf", "depth.pdf", "residuals.pdf",
     }  # fmt: skip
+
+
+def test_a_full_disk_leaves_the_old_page(bank_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        if os.fstat(handle).st_size > 50_000:  # the page; the files within it are smaller
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "page.html"
+    out.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    result = report(bank_dir, "--out", out)
+    assert result.exit_code == 1
+    assert f"error: cannot write {out}: No space left on device" in result.stderr
+    assert out.read_text() == "old"
 
 
 def test_without_extras(bank_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
