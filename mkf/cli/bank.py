@@ -99,13 +99,18 @@ def _print_models(folder: Path) -> None:
     from mkf.bank import FilterBank
 
     bank = FilterBank.open(folder)
-    keys = ["model", "kernel_size", "source", "licence"]
+    keys = ["model", "kernel_size", "licence"]
     models = bank.layers().group_by(keys, use_threads=False).aggregate([("layer", "count"), ("filters", "sum")])
     table = Table(title=Text(f"{len(bank)} filters in {folder}"))
-    for heading in ("model", "kernel", "layers", "filters", "licence", "source"):
-        table.add_column(heading, overflow="fold", no_wrap=heading not in ("licence", "source"))
+    for heading in ("model", "kernel", "layers", "filters", "licence"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "licence")
     for row in models.to_pylist():
         k = row["kernel_size"]
         counts = str(row["layer_count"]), str(row["filters_sum"])
-        table.add_row(*map(Text, (row["model"], f"{k}x{k}", *counts, row["licence"], row["source"])))
-    print_table(stdout(), table)
+        table.add_row(*map(Text, (row["model"], f"{k}x{k}", *counts, row["licence"])))
+    console = stdout()
+    print_table(console, table)
+    sources = bank.layers().group_by(["model", "source"], use_threads=False).aggregate([])
+    for row in sources.to_pylist():  # a line each, uncut, as commands in them are there to be copied
+        if row["source"]:
+            console.print(f"{row['model']}: {row['source']}", soft_wrap=True)

@@ -100,6 +100,7 @@ def test_names_are_no_markup_and_are_not_cut(tmp_path: Path) -> None:
     code, out, err = mkf_bank("info", folder)
     assert code == 0, err
     assert name in out
+    assert f"{name}: {'a source ' * 30}" in out
     assert "9 filters in" in out
     assert "b[/x]/bank" in "".join(out.split())
     assert mkf_bank("build", folder, "--out", tmp_path / "[red]" / "bank")[0] == 0
