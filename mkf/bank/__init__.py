@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mkf.bank import hub
 from mkf.bank.checkpoint import SUFFIXES
 from mkf.bank.filter_bank import FilterBank
 from mkf.bank.schema import UNTRAINED, Layer
@@ -33,4 +34,7 @@ def load(source: str, pretrained: bool = True) -> FilterBank:
         return FilterBank.from_checkpoint(path)
     if source.endswith(SUFFIXES) or ("/" in source and ":" not in source):  # hf-hub:owner/name is timm's
         raise FileNotFoundError(f"there is no file or folder {source}")
-    return FilterBank.from_timm(source, pretrained)
+    try:
+        return FilterBank.from_timm(source, pretrained)
+    except hub.UnknownModelError as error:
+        raise ValueError(f"there is no file or folder {source}, and {error}") from error

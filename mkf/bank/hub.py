@@ -19,6 +19,10 @@ class Created(NamedTuple):
     licence: str
 
 
+class UnknownModelError(ValueError):
+    """timm has no model of that name."""
+
+
 class HubError(OSError):
     """The weights could not be fetched."""
 
@@ -65,7 +69,9 @@ def check_name(name: str, pretrained: bool) -> None:
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         known = [*timm.list_models(), *timm.list_pretrained()]
-        raise ValueError(f"timm has no model {name!r}" + _suggest(difflib.get_close_matches(name.lower(), known, n=4)))
+        raise UnknownModelError(
+            f"timm has no model {name!r}" + _suggest(difflib.get_close_matches(name.lower(), known, n=4))
+        )
     tags = timm.list_pretrained(f"{architecture}.*")
     try:
         config = timm.get_pretrained_cfg(name)

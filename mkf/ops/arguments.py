@@ -47,6 +47,8 @@ def filters_tensor(filters: Any) -> Tensor:
 
 def keys_tensor(keys: Any, filters: Tensor) -> Tensor:
     """Keys as a tensor (K, k, k) of the filters' size and on their device."""
+    if isinstance(keys, str):
+        raise TypeError(f"keys={keys!r}: give a KeySet, which mkf.keys.parse makes of such a word, or a tensor")
     q = _tensor(keys, "keys")
     if q.ndim != 3 or q.shape[1] != q.shape[2] or not 1 <= len(q) <= MAX_KEYS:
         raise ValueError(f"keys have shape {tuple(q.shape)}: expected (K, k, k) with 1 <= K <= {MAX_KEYS}")

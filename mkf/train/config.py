@@ -106,7 +106,10 @@ class TrainConfig:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be fewer than epochs, not {self.warmup_epochs} of {self.epochs}")
+            raise ValueError(
+                f"warmup_epochs must be fewer than epochs, not {self.warmup_epochs} of {self.epochs}: "
+                "give fewer, or 0 for none"
+            )
         if self.batch_size % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"batch_size must be even for mixup and cutmix, not {self.batch_size}")
 

@@ -111,6 +111,7 @@ def test_names_are_no_markup_and_are_not_cut(tmp_path: Path) -> None:
     [
         (("build", "nothing.pth"), "there is no file or folder nothing.pth"),
         (("build", "convnextv2_pcio"), "did you mean convnextv2_pico"),
+        (("build", "bnak"), "there is no file or folder bnak, and timm has no model 'bnak'"),
         (("build", "convnextv2_pico", "--files", "."), "--files goes with paper54"),
         (("build", "paper54", "convnextv2_pico"), "paper54 is a list of its own"),
         (("build", "paper54", "--no-pretrained"), "paper54 is a list of its own"),

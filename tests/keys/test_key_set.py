@@ -224,3 +224,8 @@ def test_names_differ() -> None:
     with pytest.raises(ValueError, match="names must differ from each other, got a, a"):
         KeySet(noise(2, 3, 3), ["a", "a"])
     KeySet(noise(2, 3, 3), kinds=["edge", "edge"])
+
+
+def test_a_word_is_told_how_to_become_keys() -> None:
+    with pytest.raises(ValueError, match=r"this is a word; mkf\.keys\.parse"):
+        KeySet("paper8")

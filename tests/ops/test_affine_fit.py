@@ -459,3 +459,8 @@ def extra_bytes_a_filter(how, given, count):
     script = [sys.executable, "-c", MEMORY, str(count), given, how]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     return int(done.stdout) * 1024 / count
+
+
+def test_a_word_for_keys_is_told_how_to_become_them() -> None:
+    with pytest.raises(TypeError, match=r"keys='paper8': give a KeySet, which mkf\.keys\.parse makes"):
+        mkf.affine_fit(torch.ones(1, 7, 7), "paper8")

@@ -400,7 +400,7 @@ def test_an_interruption_tells_where_the_run_goes_on(
         (["--batch-size", "26"], "24 training images are fewer than one batch of 26"),
         (["--batch-size", "3"], "batch_size must be even"),
         (["--epochs", "0"], "epochs must be positive"),
-        (["--warmup-epochs", "1"], "warmup_epochs must be fewer than epochs"),
+        (["--warmup-epochs", "1"], "warmup_epochs must be fewer than epochs, not 1 of 1: give fewer"),
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--ema", "1"], r"ema must be in [0, 1)"),
         (["--erasing", "1.5"], r"erasing must be in [0, 1]"),
