@@ -184,6 +184,9 @@ def test_controls_are_not_in_the_headline(analysis: Analysis, text: str) -> None
     assert f"<b>{trained.live} live filters</b>" in text
     assert "1 untrained network, as controls" in text
     assert "other-untrained" in text
+    notes = text.partition("<h3>Notes</h3>")[2]
+    assert f"{trained.filters} filters of 7x7" in notes
+    assert f"(participation ratio): {analysis.trained.effective_dimension:.1f} of 48" in notes
 
 
 def test_sections_can_be_left_out(analysis: Analysis) -> None:

@@ -120,7 +120,9 @@ def shares(analysis: Analysis) -> str:
     )
     return (
         "<p>Every live filter is counted under the key of largest |correlation|. The residual is the median part of a "
-        "filter's norm that <i>a · key + b</i> leaves over; <i>random</i> is the same with as many random keys.</p>"
+        "filter's norm that <i>a · key + b</i> leaves over; <i>random</i> is the same with as many random keys. "
+        f"<i>dimension</i> tells over how many of {analysis.keys.kernel_size**2 - 1} the filters spread (participation "
+        "ratio); <i>dead</i> counts constant and not finite ones.</p>"
         f"{_legend(analysis)}<table class='shares'><thead><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
         f"{_families(analysis)}"
@@ -386,7 +388,7 @@ def numbers(analysis: Analysis, fits: bytes = b"", said: str = "") -> str:
     tables = ""
     if sum(len(model.layers) for model in analysis.models) <= _TABLE_LAYERS:
         tables = "<h3>Every layer</h3>" + "".join(_layer_table(model) for model in analysis.models)
-    notes = "".join(f"<p class='small'>{escape(line)}</p>" for line in report.notes(analysis))
+    notes = "".join(f"<p class='small'>{escape(line)}</p>" for line in report.notes(analysis.trained))
     below = f'<p class="small">{escape(said)}</p>' if said else ""
     return f'<ul class="downloads">{links}</ul>{below}{tables}{_origins(analysis)}<h3>Notes</h3>{notes}'
 
