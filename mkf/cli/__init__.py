@@ -13,6 +13,7 @@ app = typer.Typer(
     name="mkf",
     help="Master key filters: collect depthwise filters and fit them to the eight keys they are copies of.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs fill the width; otherwise they break where the source does
     pretty_exceptions_show_locals=False,
 )
 

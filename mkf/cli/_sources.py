@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,8 +14,11 @@ if TYPE_CHECKING:
 
     from mkf.bank import FilterBank
 
-METAVAR = "TIMM_NAME|CHECKPOINT|BANK_DIR"
-HELP = "Where the filters come from, any number and mix; without any, the embedded bank."
+METAVAR = "NAME|FILE|BANK"  # narrow: a table of options at 80 columns cuts longer ones off
+WORDS = "timm's name of a model, a checkpoint file, or a saved bank (embedded: the one that comes with mkf)"
+HELP = f"Where the filters come from, any number and mix: {WORDS}."
+KEYS = "KEYS"
+KEYS_HELP = "The keys: paper8, analytic:B (or A, C1, C2, D1, D2; analytic:B:3 for 3x3), or a key file."
 
 
 def bars(stderr: Console) -> Progress:
@@ -22,6 +28,14 @@ def bars(stderr: Console) -> Progress:
     description = TextColumn("{task.description}", markup=False)  # it names sources, whose brackets are no markup
     columns = SpinnerColumn(), description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def say(progress: Progress, line: str) -> None:
+    """Print a line of results while bars are drawn: above them where both are on one terminal."""
+    if progress.console.is_terminal and sys.stdout.isatty():
+        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        typer.echo(line)
 
 
 def read(sources: Sequence[str] | None, pretrained: bool, k: int, progress: Progress) -> FilterBank:

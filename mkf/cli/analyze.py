@@ -15,9 +15,11 @@ from mkf.cli._errors import user_errors
 def command(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar=_sources.METAVAR, help=_sources.HELP, show_default=False),
+        typer.Argument(
+            metavar=_sources.METAVAR, help=f"{_sources.HELP} Without any, the embedded bank.", show_default=False
+        ),
     ] = None,
-    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    keys: Annotated[str, typer.Option(metavar=_sources.KEYS, help=_sources.KEYS_HELP)] = "paper8",
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Also write analysis.json, CSV files and figures into this folder."),

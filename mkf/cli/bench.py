@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
@@ -134,8 +134,10 @@ def conv(
 
 @app.command("model")
 def model(
-    name: Annotated[str, typer.Argument(metavar="TIMM_NAME", help="The network; untrained weights do for a timing.")],
-    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "analytic:B",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="timm's name of the network; untrained weights do for a timing.")
+    ],
+    keys: Annotated[str, typer.Option(metavar=_sources.KEYS, help=_sources.KEYS_HELP)] = "analytic:B",
     order: Annotated[str, typer.Option(help="Equal keys in blocks of channels, or random.")] = "blocks",
     inference: Annotated[bool, typer.Option(help="Inference in place of a training step.")] = False,
     train: Annotated[

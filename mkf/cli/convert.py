@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="TIMM_NAME|CHECKPOINT", help="The network.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE", help="The network: timm's name of it, or a checkpoint file.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
     keys: Annotated[
         str | None,
         typer.Option(
-            metavar="paper8|analytic:B|FILE",
-            help="The keys: paper8, or those the network has already, whose filters then stay.",
+            metavar=_sources.KEYS,
+            help=f"{_sources.KEYS_HELP} If not given paper8, or those the network has, whose filters then stay.",
             show_default=False,
         ),
     ] = None,

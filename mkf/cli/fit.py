@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mkf.cli import _outputs
+from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
@@ -25,13 +25,12 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="BANK|CHECKPOINT|TIMM_NAME|FILE.npy",
-            help="Filters: a saved bank (embedded: the one that comes with mkf), a checkpoint, timm's name of a model, "
-            "or an array (N, k, k), which is read as it is fitted.",
+            metavar=_sources.METAVAR,
+            help=f"Filters: {_sources.WORDS}; or an array (N, k, k), FILE.npy, which is read as it is fitted.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The Parquet file to write; it is replaced once the new one is complete.")],
-    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    keys: Annotated[str, typer.Option(metavar=_sources.KEYS, help=_sources.KEYS_HELP)] = "paper8",
     method: Annotated[
         str, typer.Option(help="one key a filter, or a combination: least squares on several keys at once.")
     ] = "one",
@@ -45,6 +44,8 @@ def command(
     pretrained: Annotated[bool, typer.Option(help="Fetch the trained weights of timm models.")] = True,
 ) -> None:
     """Fit every filter to the keys: write index, scale, shift and residual, print how well each key does.
+
+    The index written counts the keys from 0, the table printed numbers them from 1.
 
     Banks and arrays may be larger than memory. Of a bank of several kernel sizes the filters of the keys' size are
     fitted.

@@ -15,6 +15,7 @@ from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from mkf.analysis import Identification
@@ -32,9 +33,8 @@ def command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEYS|BANK|CHECKPOINT|TIMM_NAME...",
-            help="Keys (paper8, analytic:B, a key file), or filters: a saved bank (embedded: the one that comes with "
-            "mkf), a checkpoint, timm's name of a model.",
+            metavar=f"{_sources.KEYS}|{_sources.METAVAR}...",
+            help=f"Keys (paper8, analytic:B, a key file), or filters: {_sources.WORDS}.",
         ),
     ],
     out: Annotated[
@@ -63,32 +63,34 @@ def command(
             _outputs.not_an_input(out, "--out", *sources)
         console, stderr = stdout(), Console(stderr=True)
         rows: list[pa.Table] = []
-        with _sources.bars(stderr) as progress:
-            task = progress.add_task("reading", total=None)
+        for source in dict.fromkeys(sources):
+            tables: list[Table] = []  # printed once the bars are gone, which stand on the same terminal
+            with _sources.bars(stderr) as progress:
+                task = progress.add_task(f"reading {source}", total=None)
 
-            def show(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
+                def show(done: int, total: int, progress: Progress = progress, task: TaskID = task) -> None:
+                    progress.update(task, completed=done, total=total)
 
-            for source in dict.fromkeys(sources):
                 filters = _open(source, pretrained)
                 if isinstance(filters, KeySet):
                     found = identify(filters)
-                    print_table(console, _key_table(source, filters, found))
-                    console.print()
+                    tables.append(_key_table(source, filters, found))
                     rows.append(_rows(found, {"source": [source] * len(filters), "key": filters.names}))
-                    continue
-                if not len(filters):
+                elif not len(filters):
                     raise ValueError(f"{source} holds no filters")
-                for k in filters.kernel_sizes:
-                    of_size = filters.select(k=k)
-                    progress.update(task, description=f"{source} {k}x{k}")
-                    found = identify(of_size, progress=show)
-                    print_table(console, _bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found, k))
-                    console.print()
-                    if out is not None:
-                        metadata = of_size.metadata
-                        where = {name: metadata[name] for name in ("model", "layer", "channel", "kernel_size")}
-                        rows.append(_rows(found, {"source": pa.repeat(source, len(found)), **where}))
+                else:
+                    for k in filters.kernel_sizes:
+                        of_size = filters.select(k=k)
+                        progress.update(task, description=f"{source} {k}x{k}")
+                        found = identify(of_size, progress=show)
+                        tables.append(_bank_table(f"{source}: {len(of_size):,} filters {k}x{k}", found, k))
+                        if out is not None:
+                            metadata = of_size.metadata
+                            where = {name: metadata[name] for name in ("model", "layer", "channel", "kernel_size")}
+                            rows.append(_rows(found, {"source": pa.repeat(source, len(found)), **where}))
+            for one in tables:
+                print_table(console, one)
+                console.print()
         if out is not None:
             table = pa.concat_tables(rows, promote_options="default")
             _write(out, table)

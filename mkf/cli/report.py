@@ -15,10 +15,12 @@ from mkf.cli._errors import user_errors
 def command(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar=_sources.METAVAR, help=_sources.HELP, show_default=False),
+        typer.Argument(
+            metavar=_sources.METAVAR, help=f"{_sources.HELP} Without any, the embedded bank.", show_default=False
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("report.html"),
-    keys: Annotated[str, typer.Option(metavar="paper8|analytic:B|FILE", help="The keys.")] = "paper8",
+    keys: Annotated[str, typer.Option(metavar=_sources.KEYS, help=_sources.KEYS_HELP)] = "paper8",
     title: Annotated[str, typer.Option(help="The page's heading; the models' names if not given.")] = "",
     image: Annotated[
         Path | None,

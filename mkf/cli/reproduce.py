@@ -15,7 +15,7 @@ app = typer.Typer(help="Make tables and figures of papers and documentation anew
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar=f"{_sources.METAVAR}...", help="Where the filters come from, any number and mix."),
+    typer.Argument(metavar=f"{_sources.METAVAR}...", help=_sources.HELP),
 ]
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Folder for what is found, and what a killed search goes on from.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mkf.bank import FilterBank
     from mkf.keys import KeySet
-    from mkf.search import Autoencoder, Elimination
+    from mkf.search import Autoencoder, Comparison, Elimination
 
 METHODS = ("clusters", "autoencoder", "pca", "random")
 OBJECTIVES = ("residual", "output", "accuracy")
@@ -39,8 +39,8 @@ def command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="TIMM_NAME|CHECKPOINT|BANK_DIR...",
-            help="Where the filters come from, any number and mix; embedded is the bank that comes with mkf.",
+            metavar=f"{_sources.METAVAR}...",
+            help=_sources.HELP,
         ),
     ],
     method: Annotated[str, typer.Option(help="clusters, autoencoder, pca or random.")] = "clusters",
@@ -119,15 +119,18 @@ def command(
         bank = _sources.trained(sources, size, pretrained)
         console, stderr = stdout(), Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
-            def task(name: str) -> Callable[[int, int], None]:
-                added = bar.add_task(name, total=None)
-                return lambda done, total: bar.update(added, completed=done, total=total)
+        def task(name: str) -> Callable[[int, int], None]:
+            added = bar.add_task(name, total=None)
+            return lambda done, total: bar.update(added, completed=done, total=total)
 
-            if compare:
-                _compare(bank, keys, seeds, task("searching"), console)
-                return
+        if compare:
+            with bar:
+                comparison = _compare(bank, keys, seeds, task("searching"))
+            _print_comparison(comparison, console)  # once the bar is gone, which stands on the same terminal
+            return
+        with bar:
             place = find_device(device)
             judge = _objective(
                 objective or ("residual" if method == "autoencoder" else None), bank, model, data, per_class, place
@@ -179,13 +182,16 @@ def _check(method: str, objective: str | None, model: Path | None, data: Path | 
         raise ValueError("--model and --data are for --objective accuracy or output, which was not asked for")
 
 
-def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int], None], console: Any) -> None:
+def _compare(bank: FilterBank, k: int, seeds: int, progress: Callable[[int, int], None]) -> Comparison:
     from mkf.keys import analytic, paper8
     from mkf.search import compare
 
     size = bank.kernel_sizes[0]
     known = {"analytic B": analytic("B", size)} | ({"paper8": paper8()} if size == 7 else {})
-    comparison = compare(bank, k, keys=known if k == 8 else None, seeds=range(seeds), progress=progress)
+    return compare(bank, k, keys=known if k == 8 else None, seeds=range(seeds), progress=progress)
+
+
+def _print_comparison(comparison: Comparison, console: Any) -> None:
     console.print(comparison.markdown(), soft_wrap=True)
     folds = "; ".join(", ".join(fold) for fold in comparison.folds)
     console.print(f"Mean residual of held-out filters, seeds {list(comparison.seeds)}; held out together: {folds}.")

@@ -13,12 +13,13 @@ from mkf.train import TrainConfig
 
 def command(
     model: Annotated[str, typer.Option(help="timm model name, or a class of timm.models such as ConvMixer.")],
-    data: Annotated[Path, typer.Option(help="Folder with train-*.parquet and test-*, val-* or validation-*.parquet.")],
+    data: Annotated[Path, typer.Option(help="Folder with `train-*.parquet`, and `test-*`, `val-*` or `validation-*`.")],
     out: Annotated[Path, typer.Option(help="Folder for weights and history; an interrupted run resumes from it.")],
     model_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model.")] = None,
     weights: Annotated[str, typer.Option(help="Checkpoint to start from.")] = TrainConfig.weights,
     keys: Annotated[
-        str, typer.Option(metavar="paper8|analytic:B|FILE", help="Keys for the depthwise layers; '' for free filters.")
+        str,
+        typer.Option(metavar=_sources.KEYS, help=f"Of the depthwise layers; '' for free filters. {_sources.KEYS_HELP}"),
     ] = TrainConfig.keys,
     assign: Annotated[str, typer.Option(help="Which channel gets which key: fit or uniform.")] = TrainConfig.assign,
     key_order: Annotated[
@@ -73,7 +74,8 @@ def command(
             def on_epoch(record: EpochRecord) -> None:
                 losses = f"train loss {record.train_loss:.4f}  test loss {record.test_loss:.4f}"
                 speed = f"{record.images_per_second:.0f} images/s"
-                typer.echo(f"epoch {record.epoch}/{config.epochs}  {losses}  top-1 {record.top1:.2f} %  {speed}")
+                epoch = f"epoch {record.epoch}/{config.epochs}"
+                _sources.say(progress, f"{epoch}  {losses}  top-1 {record.top1:.2f} %  {speed}")
 
             train(config, on_epoch, on_step)
         typer.echo(f"wrote {out / 'model.safetensors'}")

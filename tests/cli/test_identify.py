@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import mkf
@@ -36,6 +37,18 @@ def test_keys_are_listed(tmp_path: Path) -> None:
     assert "analytic:B:5: 8 keys 5x5" in result.stdout
     mkf.keys.analytic("D1").save(tmp_path / "keys.safetensors")
     assert "8 keys 7x7" in identify(tmp_path / "keys.safetensors").stdout
+
+
+def test_nothing_is_printed_while_a_bar_is_drawn(bank_dir: Path, monkeypatch) -> None:
+    """Both are on one terminal, where a bar would be left standing before the first line."""
+    drawn = []
+    started, stopped = Progress.start, Progress.stop
+    monkeypatch.setattr(Progress, "start", lambda self: (drawn.append(self), started(self)))
+    monkeypatch.setattr(Progress, "stop", lambda self: (drawn.clear(), stopped(self)))
+    printed = []
+    monkeypatch.setattr("mkf.cli.identify.print_table", lambda *_: printed.append(bool(drawn)))
+    assert identify("paper8", bank_dir).exit_code == 0
+    assert printed == [False] * 3
 
 
 def test_scales_beyond_the_largest_are_marked(tmp_path: Path) -> None:
