@@ -32,7 +32,7 @@ class AffineFit(NamedTuple):
     over j of `scale[i, j] * keys[index[i, j]]`, plus `shift[i]`.
 
     Attributes:
-        index: int32, the key; -1 for a filter that holds NaN or Inf.
+        index: int32, the key, counted from 0 (key 0 of `paper8` is named "1"); -1 for a filter that holds NaN or Inf.
         scale: float32, a of a * key + b; 0 for a constant (dead) filter.
         shift: float32, b of a * key + b.
         residual: float32 in [0, 1], ||f - (a * key + b)|| / ||f - mean(f)||: 0 exact, 1 no better than a constant; to
