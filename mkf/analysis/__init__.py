@@ -1,6 +1,6 @@
 """What a bank holds: statistics of its filters under the keys, as numbers, tables and figures."""
 
-from mkf.analysis.counting import analyse
+from mkf.analysis.counting import analyze
 from mkf.analysis.identification import Identification, identify
 from mkf.analysis.natural import NaturalKeys, Reconstruction, natural_keys, reconstruct
 from mkf.analysis.similarity import Matching, duplicates, effective_dimension, match
@@ -24,7 +24,7 @@ __all__ = [
     "Reconstruction",
     "SampledFilters",
     "Tally",
-    "analyse",
+    "analyze",
     "duplicates",
     "effective_dimension",
     "identify",

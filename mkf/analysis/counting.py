@@ -36,7 +36,7 @@ _NOISE_FILTERS = 4_096
 _SAMPLE_PER_KEY = 256
 
 
-def analyse(
+def analyze(
     bank: FilterBank,
     keys: KeySet,
     *,
@@ -54,7 +54,7 @@ def analyse(
     Near-duplicates are counted in layers of at most `DUPLICATES_WITHIN` filters; see `Tally`.
 
     Args:
-        bank: Filters of any kernel sizes; those of the keys' size are analysed, the others are counted in `left_out`.
+        bank: Filters of any kernel sizes; those of the keys' size are analyzed, the others are counted in `left_out`.
         keys: K keys of k x k.
         control: K' keys of k x k to compare with; without it `mkf.keys.random(k, K, seed=0)`.
         atlas: Keep a uniform random sample of so many filters of each layer and key, as `LayerStatistics.sample`.
@@ -75,7 +75,7 @@ def analyse(
     if control.kernel_size != k:
         raise ValueError(f"the control keys are {_size(control.kernel_size)} but the keys are {_size(k)}")
     if len(bank) == 0:
-        raise ValueError("the bank is empty: it holds no filters to analyse")
+        raise ValueError("the bank is empty: it holds no filters to analyze")
     left_out = {other: len(bank.select(k=other)) for other in bank.kernel_sizes if other != k}
     if k not in bank.kernel_sizes:
         found = ", ".join(f"{number} of {_size(other)}" for other, number in left_out.items())

@@ -173,7 +173,7 @@ def shares_over_depth(analysis: Analysis) -> Figure:
     """For each model the share of every key in each layer, over normalised depth, stacked in the order of the keys.
 
     Args:
-        analysis: What `analyse` returned, with at least one live filter. Layers without one leave a gap.
+        analysis: What `analyze` returned, with at least one live filter. Layers without one leave a gap.
 
     Returns:
         The figure.
@@ -210,7 +210,7 @@ def residual_boxes(analysis: Analysis) -> Figure:
     Boxes hold the middle half, whiskers reach from 5 % to 95 %, the line is the median and the dot the mean.
 
     Args:
-        analysis: What `analyse` returned, with at least one live filter. Keys without one leave a gap.
+        analysis: What `analyze` returned, with at least one live filter. Keys without one leave a gap.
 
     Returns:
         The figure.

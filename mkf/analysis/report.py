@@ -100,7 +100,7 @@ def write(analysis: Analysis, out: Path) -> list[Path]:
     """Write `analysis.json` and the CSV files of `tables` into a folder, which is made if need be.
 
     Args:
-        analysis: What `analyse` returned.
+        analysis: What `analyze` returned.
         out: The folder.
 
     Returns:
@@ -165,7 +165,7 @@ def write_figures(analysis: Analysis, out: Path, suffix: str = ".png") -> list[P
     """Draw the keys, the atlas of filters, the share of keys over depth and their residuals into a folder.
 
     Args:
-        analysis: What `analyse` returned.
+        analysis: What `analyze` returned.
         out: The folder, which exists.
         suffix: `.png`, `.svg` or `.pdf`.
 

@@ -252,7 +252,7 @@ class Analysis:
         keys: The keys, K of k x k.
         control: As many random keys of the same size.
         models: One entry per model, in the bank's order.
-        left_out: Filters of another kernel size than the keys', which were not analysed: kernel size -> number.
+        left_out: Filters of another kernel size than the keys', which were not analyzed: kernel size -> number.
         noise_correlation: Mean |correlation| of white-noise filters with their best key: what chance alone gives.
         sample: Live filters for the figures, a uniform random sample of at most 256 for each key, key after key.
             Models that are controls, by a name that ends in `-untrained`, give none unless all models are such.
@@ -346,7 +346,7 @@ class Analysis:
         quantiles [5]                the levels of every quantile list below
         residual_bin_width           quantiles are exact to half of it
         white_noise_mean_correlation mean best |correlation| of white-noise filters with the keys
-        left_out                     {kernel size: number of filters not analysed}
+        left_out                     {kernel size: number of filters not analyzed}
         effective_dimension          of all filters together
         key_residuals [K]            residual key by key: filters, mean, std, quantiles [5]
         control_residuals            the same fields over all random keys

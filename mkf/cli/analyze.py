@@ -38,7 +38,7 @@ def command(
     with user_errors():
         from rich.console import Console
 
-        from mkf.analysis import analyse, report
+        from mkf.analysis import analyze, report
         from mkf.keys import parse
 
         if out is not None:
@@ -47,7 +47,7 @@ def command(
         with _sources.bars(Console(stderr=True)) as progress:
             bank = _sources.read(sources, pretrained, key_set.kernel_size, progress)
             fitting = progress.add_task("fitting filters", total=None)
-            analysis = analyse(
+            analysis = analyze(
                 bank, key_set, progress=lambda done, total: progress.update(fitting, completed=done, total=total)
             )
         console = stdout()

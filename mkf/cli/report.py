@@ -45,7 +45,7 @@ def command(
         from rich.console import Console
 
         from mkf._files import replacing
-        from mkf.analysis import analyse, identify, natural_keys, page, reconstruct, report
+        from mkf.analysis import analyze, identify, natural_keys, page, reconstruct, report
         from mkf.analysis.natural import default_image
         from mkf.keys import parse
 
@@ -74,7 +74,7 @@ def command(
             bank = _sources.read(sources, pretrained, k, progress)
             layers = len(bank.select(k=k).layers())
             fitting = progress.add_task("fitting filters", total=None)
-            analysis = analyse(
+            analysis = analyze(
                 bank,
                 key_set,
                 atlas=page.atlas_size(layers, len(key_set), k),

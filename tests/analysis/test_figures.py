@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mkf
-from mkf.analysis import analyse, figures
+from mkf.analysis import analyze, figures
 from mkf.bank import FilterBank, Layer
 
 from .banks import bank_of, noise, shifted
@@ -68,7 +68,7 @@ def test_an_atlas_of_many_keys_is_laid_out_at_once(tmp_path: Path) -> None:
 
 
 def test_shares_over_depth_are_stacked_to_one_hundred() -> None:
-    analysis = analyse(bank_of(noise(20, 7, 7), torch.zeros(3, 7, 7), noise(9, 7, 7, seed=1)), KEYS)
+    analysis = analyze(bank_of(noise(20, 7, 7), torch.zeros(3, 7, 7), noise(9, 7, 7, seed=1)), KEYS)
     [axes] = figures.shares_over_depth(analysis).axes
     assert len(axes.collections) == 8
     tops = np.zeros(2)
@@ -102,7 +102,7 @@ def test_no_global_state() -> None:
 
 def test_residual_boxes() -> None:
     filters = torch.cat([shifted(KEYS, [0] * 50), noise(300, 7, 7)])
-    analysis = analyse(bank_of(filters), KEYS)
+    analysis = analyze(bank_of(filters), KEYS)
     [axes] = figures.residual_boxes(analysis).axes
     assert [label.get_text() for label in axes.get_yticklabels()][-3:] == ["8 Gaussian", "all keys", "8 random keys"]
     assert len(axes.patches) == 10
@@ -153,7 +153,7 @@ def test_names_are_no_mathematics(tmp_path: Path) -> None:
     names = ["cost$_$", "$x^2$"]
     keys = mkf.KeySet(noise(2, 7, 7), names=names)
     filters = FilterBank.from_layers([Layer("l", noise(20, 7, 7, seed=1))], names[0])
-    analysis = analyse(filters, keys)
+    analysis = analyze(filters, keys)
     drawings = (
         figures.keys_row(keys),
         figures.keys_rows({names[0]: keys}),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load, load_file
 
 import mkf
-from mkf.analysis import Analysis, analyse, identify, natural_keys, page, reconstruct, report
+from mkf.analysis import Analysis, analyze, identify, natural_keys, page, reconstruct, report
 from mkf.bank import FilterBank, Layer
 
 from .banks import noise, shifted
@@ -43,7 +43,7 @@ def bank() -> FilterBank:
 
 @pytest.fixture(scope="module")
 def analysis(bank: FilterBank) -> Analysis:
-    return analyse(bank, KEYS, atlas=6)
+    return analyze(bank, KEYS, atlas=6)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_page_of_the_most_filters_is_below_6_mb() -> None:
     layers, keys = 500, mkf.keys.paper8()
     noisy = noise(page.fits.MOST_FILTERS // layers, 7, 7, seed=4)
     bank = FilterBank.from_layers([Layer(f"stages.{i}.conv_dw", noisy) for i in range(layers)], "net")
-    text = page.render(analyse(bank, keys, atlas=page.atlas_size(layers, len(keys), 7)), bank=bank)
+    text = page.render(analyze(bank, keys, atlas=page.atlas_size(layers, len(keys), 7)), bank=bank)
     assert "fits.safetensors" in downloads(text)
     assert len(text.encode()) < 6_000_000
 
@@ -198,7 +198,7 @@ def test_sections_can_be_left_out(analysis: Analysis) -> None:
 
 def test_a_bank_without_live_filters() -> None:
     dead = FilterBank.from_layers([Layer("0", torch.zeros(4, 7, 7))], "dead")
-    text = page.render(analyse(dead, KEYS, atlas=4), identify(dead))
+    text = page.render(analyze(dead, KEYS, atlas=4), identify(dead))
     assert "No filter is live" in text
     assert ">nan" not in text.lower()
 
@@ -206,7 +206,7 @@ def test_a_bank_without_live_filters() -> None:
 def test_many_keys() -> None:
     keys = mkf.keys.random(5, 40)
     bank = FilterBank.from_layers([Layer("0", noise(300, 5, 5, seed=9))], "net")
-    text = page.render(analyse(bank, keys, atlas=2), identify(bank))
+    text = page.render(analyze(bank, keys, atlas=2), identify(bank))
     assert ".k40{--c:#" in text
 
 
@@ -361,7 +361,7 @@ def test_with_many_keys_of_another_size(tmp_path: Path) -> None:
     script = "<script>addEventListener('load', () => { const pre = document.createElement('pre'); pre.id = 'results';"
     script += "pre.textContent = JSON.stringify([problems, document.getElementById('status').textContent]);"
     script += "document.body.append(pre); });</script></body>"
-    text = page.render(analyse(bank, mkf.keys.random(5, 40), atlas=2), identify(bank))
+    text = page.render(analyze(bank, mkf.keys.random(5, 40), atlas=2), identify(bank))
     path = tmp_path / "report.html"
     path.write_text(text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", script, 1), encoding="utf-8")
     problems, status = chromium(path)

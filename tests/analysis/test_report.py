@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import mkf
-from mkf.analysis import Analysis, analyse, report
+from mkf.analysis import Analysis, analyze, report
 from mkf.bank import FilterBank, Layer
 
 from .banks import bank_of, noise, shifted
@@ -26,7 +26,7 @@ KEYS = mkf.keys.paper8()
 def analysis() -> Analysis:
     broken = torch.cat([shifted(KEYS, [0, 1, 1, 7]), noise(12, 7, 7), torch.zeros(1, 7, 7)])
     broken[5:13, 0, 0] = math.inf
-    return analyse(bank_of(noise(30, 7, 7, seed=1), broken, noise(4, 3, 3)), KEYS)
+    return analyze(bank_of(noise(30, 7, 7, seed=1), broken, noise(4, 3, 3)), KEYS)
 
 
 def printed(table: object, width: int = 80) -> list[str]:
@@ -63,13 +63,13 @@ def test_tables_fit_the_terminal_and_cut_nothing(analysis: Analysis, width: int)
 
 def test_many_keys_are_named_not_listed() -> None:
     keys = mkf.keys.random(7, 40, seed=2)
-    analysis = analyse(bank_of(shifted(keys, [30] * 6 + [4] * 3 + [12])), keys)
+    analysis = analyze(bank_of(shifted(keys, [30] * 6 + [4] * 3 + [12])), keys)
     assert "31:60 5:30 13:10" in printed(report.model_table(analysis))[-1]
     assert "31:6 5:3 13:1" in printed(report.layer_tables(analysis)[0])[-1]
 
 
 def test_an_empty_cell_where_nothing_is_live() -> None:
-    analysis = analyse(bank_of(torch.zeros(2, 7, 7)), KEYS)
+    analysis = analyze(bank_of(torch.zeros(2, 7, 7)), KEYS)
     assert printed(report.model_table(analysis))[-1].split()[4:] == ["-"] * 11
 
 
@@ -95,10 +95,10 @@ def test_notes_name_what_is_wrong(analysis: Analysis) -> None:
 
 
 def test_keys_that_are_only_numbered_have_no_labels(analysis: Analysis) -> None:
-    alike = report.notes(analyse(bank_of(noise(5, 7, 7)), mkf.KeySet(KEYS.filters)))
+    alike = report.notes(analyze(bank_of(noise(5, 7, 7)), mkf.KeySet(KEYS.filters)))
     assert not any(line.startswith("1 ") for line in alike)
     named = mkf.KeySet(KEYS.filters[:3], names=["1", "mine", "3"])
-    assert "2 mine." in report.notes(analyse(bank_of(noise(5, 7, 7)), named))
+    assert "2 mine." in report.notes(analyze(bank_of(noise(5, 7, 7)), named))
 
 
 def test_the_files(analysis: Analysis, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_figures(analysis: Analysis, tmp_path: Path) -> None:
 
 
 def test_no_figure_of_filters_where_nothing_is_live(tmp_path: Path) -> None:
-    analysis = analyse(bank_of(torch.zeros(2, 7, 7)), KEYS)
+    analysis = analyze(bank_of(torch.zeros(2, 7, 7)), KEYS)
     assert [path.name for path in report.write_figures(analysis, tmp_path, ".svg")] == ["keys.svg"]
 
 
@@ -143,7 +143,7 @@ def test_names_are_no_markup_on_any_console() -> None:
     bank = FilterBank.concat(
         FilterBank.from_layers([Layer(f"{name}.l", noise(5, 7, 7))], name) for name in ("net[ema]", "net[/x]", ":a:")
     )
-    analysis = analyse(bank, KEYS)
+    analysis = analyze(bank, KEYS)
     rows = printed(report.model_table(analysis), 200)
     first, second, third = report.layer_tables(analysis)
     for name, table in (("net[ema]", first), ("net[/x]", second), (":a:", third)):

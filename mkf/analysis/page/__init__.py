@@ -39,11 +39,11 @@ def render(
     the sign of its scale undone, and rounded to 8 bits.
 
     Args:
-        analysis: What `analyse` returned, best with `atlas=atlas_size(...)`.
+        analysis: What `analyze` returned, best with `atlas=atlas_size(...)`.
         found: What the same filters are, as `identify` tells; without it that section is left out.
         natural: Keys of natural images and an image rebuilt from them; without it that section is left out.
         title: The heading; made of the models' names if empty.
-        bank: What was analysed, whose fits are then among the downloads (`fits.safetensors`, described by `fits_file`)
+        bank: What was analyzed, whose fits are then among the downloads (`fits.safetensors`, described by `fits_file`)
             if it has at most 100 000 filters of the keys' size; without it they are left out.
     """
     title = title or _title(analysis.trained)
