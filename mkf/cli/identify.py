@@ -175,11 +175,16 @@ def _rows(found: Identification, where: dict[str, Any]) -> pa.Table:
 def _write(path: Path, rows: pa.Table) -> None:
     from pyarrow import csv
 
+    from mkf._files import replacing
+
     if path.suffix == ".csv":
-        csv.write_csv(rows, path)
+        with replacing(path) as file:
+            csv.write_csv(rows, file)
         return
     records = rows.to_pylist()
     for record in records:
         if record["alpha"] == math.inf:  # the one number that JSON lacks
             record["alpha"] = "inf"
-    path.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(records, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())

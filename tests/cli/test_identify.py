@@ -1,7 +1,9 @@
 """`mkf identify` as it is typed."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def test_nothing_is_printed_while_a_bar_is_drawn(bank_dir: Path, monkeypatch) ->
     monkeypatch.setattr("mkf.cli.identify.print_table", lambda *_: printed.append(bool(drawn)))
     assert identify("paper8", bank_dir).exit_code == 0
     assert printed == [False] * 3
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / f"names{suffix}"
+    out.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    result = identify("paper8", "--out", out)
+    assert result.exit_code == 1
+    assert f"cannot write {out}: No space left" in result.stderr
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_scales_beyond_the_largest_are_marked(tmp_path: Path) -> None:
