@@ -4,9 +4,10 @@ No depthwise layer can make a network faster than the same network without any, 
 
     share removed = (time of a peer - time with keys) / (time of that peer - time without depthwise layers).
 
-Both differences are small beside a step, and where the C library asks for memory anew, steps of one network differ by
-as much. So the process keeps its memory (`measure.keep_memory`), each difference is the median over the turns, more
-rounds help, and the share comes with its spread.
+What follows the depthwise layers and is computed along with them (`mkf.nn.fuse_norms`) saves time that was not theirs:
+the share without that is told too. Both differences are small beside a step, and where the C library asks for memory
+anew, steps of one network differ by as much. So the process keeps its memory (`measure.keep_memory`), each difference
+is the median over the turns, more rounds help, and the share comes with its spread.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,15 +22,18 @@ from mkf.bank.hub import create
 from mkf.benchmarks.key_conv2d import LAYOUTS, fastest
 from mkf.benchmarks.measure import Result, keep_memory, take_turns
 from mkf.keys import KeySet
-from mkf.nn import convert
+from mkf.nn import conversion_report, convert, part_norms
 
 Mode = Literal["inference", "training"]
 MKF = "mkf"
+APART = "mkf, norms apart"  # its depthwise layers alone, where `convert` fuses them with what follows
 NONE = "without depthwise layers"
 FROZEN = "nn.Conv2d, weights frozen"
 BIAS_ADDED = "F.conv2d + bias, weights frozen"
 FREE = "nn.Conv2d"
-VARIANTS = MKF, FROZEN, BIAS_ADDED, NONE, FREE
+VARIANTS = MKF, APART, FROZEN, BIAS_ADDED, NONE, FREE
+
+SHARES = {MKF: "share removed", APART: "share removed, norms apart"}
 
 TRAIN = ("shift", "bias")  # as in the paper's text; its answers to reviewers have the bias alone, as the frozen peers
 
@@ -77,7 +81,11 @@ def variants(
                 conv = layer.to_conv2d()
                 conv.weight.requires_grad_(False)
                 peer.set_submodule(name, conv if peer is frozen else make(conv))
-    return {MKF: with_keys, FROZEN: frozen, BIAS_ADDED: added, NONE: none, FREE: model}
+    apart = deepcopy(with_keys)
+    part_norms(apart)
+    fuses = any(layer.norm_fused for layer in conversion_report(with_keys).layers)
+    own = {MKF: with_keys, APART: apart} if fuses else {MKF: with_keys}
+    return {**own, FROZEN: frozen, BIAS_ADDED: added, NONE: none, FREE: model}
 
 
 def run(
@@ -130,10 +138,10 @@ def run(
     what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
     result = take_turns(found, baseline, what, rounds)
     measured = {row.name.rpartition(", ")[0] for row in result.rows}
-    if MKF in measured:
-        result.derived["share removed"] = {
-            peer: share_removed(result, peer) for peer in VARIANTS if peer in measured and peer not in (MKF, NONE)
-        }
+    for own, label in SHARES.items():
+        if own in measured:
+            peers = [peer for peer in (FROZEN, BIAS_ADDED, FREE) if peer in measured]
+            result.derived[label] = {peer: share_removed(result, peer, own) for peer in peers}
     return result
 
 

@@ -85,6 +85,31 @@ void backward(const KeyConv2dLayer& layer, int threads, std::uintptr_t dy, std::
                          isa, threads);
 }
 
+void forward_norm(const KeyConv2dLayer& layer, int threads, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t out,
+                  std::uintptr_t norm_weight, std::uintptr_t norm_bias, double eps, std::uintptr_t normalized) {
+    const mkf::Isa isa = mkf::isa_in_use();
+    const mkf::LayerNorm norm{pointer<const float>(norm_weight), pointer<const float>(norm_bias), static_cast<float>(eps)};
+    py::gil_scoped_release release;
+    layer.conv->forward(layer.channels,
+                        {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out), &norm,
+                         pointer<float>(normalized)},
+                        isa, threads);
+}
+
+void backward_norm(const KeyConv2dLayer& layer, int threads, std::uintptr_t dy, std::uintptr_t out,
+                   std::uintptr_t norm_weight, double eps, std::uintptr_t x, std::uintptr_t dx, std::uintptr_t d_scale,
+                   std::uintptr_t d_shift, std::uintptr_t d_bias, std::uintptr_t d_norm_weight,
+                   std::uintptr_t d_norm_bias) {
+    const mkf::Isa isa = mkf::isa_in_use();
+    const mkf::LayerNorm norm{pointer<const float>(norm_weight), nullptr, static_cast<float>(eps)};
+    py::gil_scoped_release release;
+    layer.conv->backward(layer.channels,
+                         {pointer<const void>(dy), pointer<const void>(x), pointer<void>(dx), pointer<float>(d_scale),
+                          pointer<float>(d_shift), pointer<float>(d_bias), &norm, pointer<const float>(out),
+                          pointer<float>(d_norm_weight), pointer<float>(d_norm_bias)},
+                         isa, threads);
+}
+
 #if defined(MKF_WITH_CUDA)
 // (dtype, channels_last, batch, channels, height, width, k, stride); height and width are those of x
 using CudaConvShape = std::tuple<int, bool, std::int64_t, int, int, int, int, int>;
@@ -176,11 +201,15 @@ PYBIND11_MODULE(_native, m) {
                std::uintptr_t shift) {
                 const py::capsule layer = mkf::hold(KeyConv2dLayer{
                     conv, {pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)}});
-                return py::make_tuple(mkf::BoundFunction<forward>::on(layer), mkf::BoundFunction<backward>::on(layer));
+                return py::make_tuple(mkf::BoundFunction<forward>::on(layer), mkf::BoundFunction<backward>::on(layer),
+                                      mkf::BoundFunction<forward_norm>::on(layer),
+                                      mkf::BoundFunction<backward_norm>::on(layer));
             },
             py::arg("index"), py::arg("scale"), py::arg("shift"),
-            "The functions forward(threads, bias, x, out) and backward(threads, dy, x, dx, d_scale, d_shift, d_bias) of a "
-            "layer.");
+            "The functions forward(threads, bias, x, out), backward(threads, dy, x, dx, d_scale, d_shift, d_bias), and with "
+            "a LayerNorm after it forward_norm(threads, bias, x, out, norm_weight, norm_bias, eps, normalized) and "
+            "backward_norm(threads, dy, out, norm_weight, eps, x, dx, d_scale, d_shift, d_bias, d_norm_weight, d_norm_bias) "
+            "of a layer.");
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;

@@ -53,6 +53,7 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 inline unsigned bits(Mask m) { return m; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 // table[index[lane]] for each lane; the table is readable up to a multiple of the width.
 inline Vec lookup(const float* table, int size, Vec index) {
@@ -99,6 +100,11 @@ inline Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
 inline Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 inline unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m.v)); }
+inline float sum(Vec a) {
+    const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+    return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+}
 
 // table[index[lane]] for each lane; the table is readable up to a multiple of the width.
 inline Vec lookup(const float* table, int size, Vec index) {
@@ -160,6 +166,7 @@ inline Mask operator>(Vec a, Vec b) { Mask m; MKF_LANES m.v[i] = a.v[i] > b.v[i]
 inline Mask operator&(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] && b.v[i]; return a; }
 inline Mask operator|(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] || b.v[i]; return a; }
 inline Vec select(Mask m, Vec yes, Vec no) { MKF_LANES no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline unsigned bits(Mask m) { unsigned r = 0; MKF_LANES r |= static_cast<unsigned>(m.v[i]) << i; return r; }
 inline Vec lookup(const float* table, int, Vec index) { MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])]; return index; }
 inline void stream(float* p, Vec a) { store(p, a); }

@@ -2,6 +2,7 @@
 // x and summed up. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
 #pragma once
 
+#include "cpu_norm.hpp"
 #include "cpu_strip.hpp"
 
 namespace mkf::MKF_ISA {
@@ -41,6 +42,8 @@ struct Tasks {
         const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
     }
+
+    int in_image() const { return strips * groups; }
 
     Task operator[](std::int64_t i) const {
         const std::int64_t image = i / (strips * groups);
@@ -111,9 +114,16 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
-    const Tensor<T> out{static_cast<T*>(tensors.out), p.batch, p.channels, out_rows, out_columns};
     const Tasks<G> tasks(p, out_rows, vectors, threads);
-    parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
+    const Bands bands(p);
+    const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
+    parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
+        first *= cut;
+        last *= cut;
+        const std::unique_ptr<T[]> buffer(tensors.out ? nullptr : new T[bands.size]);  // of one image
+        const Tensor<T> out{buffer ? buffer.get() : static_cast<T*>(tensors.out), p.batch, p.channels, out_rows,
+                            out_columns};
+        const ChannelNorm norm(tensors.norm, p.channels);
         // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i)
@@ -130,18 +140,27 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
                 tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, G::after, x.columns);
-                tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, 0, x.columns);
+                if (!buffer) tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, 0, x.columns);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
                 const auto in = reading.template read<Pixel>(x, task.image, group.channels, S::first_input_row(row),
                                                              S::end_of_input_rows(row));
-                Store<Pixel> finish{writing.template write<Pixel>(out, task.image, group.channels, row, row + rows),
+                const std::int64_t image = buffer ? 0 : task.image;
+                Store<Pixel> finish{writing.template write<Pixel>(out, image, group.channels, row, row + rows),
                                     LastLanes(group.channels.skipped)};
                 S(in, group, row, rows, out_columns, ring).run(finish, ahead);
             });
             writing.written();
+            if constexpr (std::is_same_v<T, float>) {
+                if (!tensors.norm || (i + 1) % cut != 0) continue;
+                const float* const from = out.data + (buffer ? 0 : task.image * bands.size);
+                float* const to = tensors.normalized + task.image * bands.size;
+                bands.each_of(task.image, [&](auto, auto, std::int64_t at, std::int64_t pixels) {
+                    norm.forward(from + at, to + at, pixels);
+                });
+            }
         }
     });
 }
@@ -219,13 +238,21 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const int rows = static_cast<int>(p.height), columns = static_cast<int>(p.width);
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, rows, columns};
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
-    const Tensor<const T> dy{static_cast<const T*>(tensors.dy), p.batch, p.channels, static_cast<int>(p.out_height()),
-                             static_cast<int>(p.out_width())};
+    const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
     const Tasks<G> tasks(p, rows, vectors, threads);
+    const Bands bands(p);
+    const NormSums norm_sums(p, bands, tensors.norm);
+    const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
     const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
-    parallel_pieces(tasks.count, threads, [&](std::int64_t first, std::int64_t last) {
+    parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
+        first *= cut;
+        last *= cut;
+        const std::unique_ptr<T[]> buffer(tensors.norm ? new T[bands.size] : nullptr);  // of one image
+        const Tensor<const T> dy{buffer ? buffer.get() : static_cast<const T*>(tensors.dy), p.batch, p.channels, out_rows,
+                                 out_columns};
+        const ChannelNorm norm(tensors.norm, p.channels);
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i) {
             fill(groups[i], p, table, nullptr, Channels(p, View::arrangement, vectors.first + i),
@@ -238,18 +265,28 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             const Task task = tasks[i];
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * G::run, end = std::min(row + G::run, rows);
+            if constexpr (std::is_same_v<T, float>) {
+                if (tensors.norm && i % cut == 0) {
+                    const float* const out = tensors.out + task.image * bands.size;
+                    const float* const given = static_cast<const float*>(tensors.dy) + task.image * bands.size;
+                    bands.each_of(task.image, [&](std::int64_t band, auto, std::int64_t at, std::int64_t pixels) {
+                        norm.backward(out + at, given + at, buffer.get() + at, pixels, norm_sums.of(band));
+                    });
+                }
+            }
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, G::after, dy.columns);
+                if (!buffer) tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, G::after, dy.columns);
                 if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, 0, dy.columns);
                 tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, 0, dy.columns);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
-                const auto in = reading_dy.template read<Pixel>(dy, task.image, group.channels, S::first_input_row(row),
+                const std::int64_t image = buffer ? 0 : task.image;
+                const auto in = reading_dy.template read<Pixel>(dy, image, group.channels, S::first_input_row(row),
                                                                 S::end_of_input_rows(row));
                 Gradients<G, Pixel> finish{{}, {}, group, LastLanes(group.channels.skipped), tensors.d_scale != nullptr,
                                            tensors.d_bias != nullptr, {}, {}, {}};
@@ -265,6 +302,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (tensors.dx) writing.written();
         }
     });
+    norm_sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
     if (!sums_up) return;
     struct Sums {
         double scale[Vec::width], shift[Vec::width], bias[Vec::width];
@@ -326,12 +364,51 @@ template <int K> using Same = Geometry<K, 1, 1>;
 template <int K> using Smaller = Geometry<K, 2, 1>;
 template <int K> using Larger = Geometry<K, 1, 2>;
 
-void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+static void convolve(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
     p.stride == 1 ? run_size<Same>(p, tensors, table, threads) : run_size<Smaller>(p, tensors, table, threads);
 }
 
-void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+static void convolve(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
     p.stride == 1 ? run_size<Same>(p, tensors, table, threads) : run_size<Larger>(p, tensors, table, threads);
+}
+
+// Whether each thread convolves and normalises whole images, which then stay in its caches. No thread may have much more to
+// do than another.
+static bool takes_images(const KeyConv2d& p, int threads) {
+    const std::int64_t most = (p.batch + threads - 1) / threads;
+    return 4 * most * threads <= 5 * p.batch;
+}
+
+void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+    if (!tensors.norm || takes_images(p, threads)) return convolve(p, tensors, table, threads);
+    const Bands bands(p);
+    const std::unique_ptr<float[]> buffer(tensors.out ? nullptr : new float[p.batch * bands.size]);
+    float* const out = buffer ? buffer.get() : static_cast<float*>(tensors.out);
+    convolve(p, KeyConv2dForward{tensors.x, tensors.bias, out}, table, threads);
+    parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
+        const ChannelNorm norm(tensors.norm, p.channels);
+        bands.each(first, last, [&](auto, std::int64_t image, std::int64_t at, std::int64_t pixels) {
+            norm.forward(out + image * bands.size + at, tensors.normalized + image * bands.size + at, pixels);
+        });
+    });
+}
+
+void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
+    if (!tensors.norm || takes_images(p, threads)) return convolve(p, tensors, table, threads);
+    const Bands bands(p);
+    const NormSums sums(p, bands, tensors.norm);
+    const std::unique_ptr<float[]> dy(new float[p.batch * bands.size]);
+    const float* const given = static_cast<const float*>(tensors.dy);
+    parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
+        const ChannelNorm norm(tensors.norm, p.channels);
+        bands.each(first, last, [&](std::int64_t band, std::int64_t image, std::int64_t at, std::int64_t pixels) {
+            at += image * bands.size;
+            norm.backward(tensors.out + at, given + at, dy.get() + at, pixels, sums.of(band));
+        });
+    });
+    sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
+    convolve(p, KeyConv2dBackward{dy.get(), tensors.x, tensors.dx, tensors.d_scale, tensors.d_shift, tensors.d_bias}, table,
+             threads);
 }
 
 }  // namespace mkf::MKF_ISA

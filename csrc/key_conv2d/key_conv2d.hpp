@@ -33,16 +33,28 @@ struct KeyConv2d {
     std::int64_t out_width() const { return (width - 1) / stride + 1; }
 };
 
+// A LayerNorm over the channels of every pixel of the output (cpu_norm.hpp); float32, channels-last, with at least as many
+// channels as the widest vector has lanes.
+struct LayerNorm {
+    const float *weight, *bias;  // (channels,)
+    float eps;
+};
+
 struct KeyConv2dForward {
     const void* x;
     const float* bias;  // or null
-    void* out;
+    void* out;          // null where only `normalized` is asked for
+    const LayerNorm* norm = nullptr;
+    float* normalized = nullptr;  // LayerNorm(out)
 };
 
 struct KeyConv2dBackward {
     const void *dy, *x;
     void* dx;                           // this and the following are null where they are not asked for
     float *d_scale, *d_shift, *d_bias;
+    const LayerNorm* norm = nullptr;    // with it dy is the gradient of `normalized`
+    const float* out = nullptr;         // of the forward pass
+    float *d_norm_weight = nullptr, *d_norm_bias = nullptr;
 };
 
 // What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all

@@ -128,10 +128,17 @@ class Bound:
     Attributes:
         forward: Of x, bias and out, as `key_conv2d`.
         backward: Of dy, x, dx, d_scale, d_shift and d_bias, as `key_conv2d_backward`.
+        forward_norm: Of x, bias, out, the LayerNorm's weight, bias and eps, and normalized = LayerNorm(out) over the
+            channels of every pixel; out may be None. Itself None where there is no such kernel.
+        backward_norm: Of the gradient of normalized, out, weight, eps, x, dx, d_scale, d_shift, d_bias, d_norm_weight
+            and d_norm_bias; from dx on each may be None, as may x where only dx, d_bias and those of the norm are
+            asked for.
     """
 
     forward: Callable[[Tensor, Tensor | None, Tensor], None]
     backward: Callable[..., None]
+    forward_norm: Callable[..., None] | None = None
+    backward_norm: Callable[..., None] | None = None
 
     @classmethod
     def of(cls, module: ModuleType, x: Tensor, *settled: Any) -> "Bound":

@@ -10,6 +10,7 @@ from mkf.kernels import extension
 from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
+NORM_CHANNELS = 16  # the widest vector, of which a pixel that is normalised must have one
 
 
 def why_not(device: torch.device) -> str | None:
@@ -45,7 +46,8 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
 def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *_: Pair) -> Bound:
     """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, or one if x is small or the process forked."""
     prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
-    convolve, differentiate = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+    bound = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
+    convolve, differentiate, convolve_norm, differentiate_norm = bound
     most_threads = max(1, x.numel() // PER_THREAD)
 
     def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -56,7 +58,22 @@ def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, 
         threads = min(extension.num_threads(), most_threads)
         differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
-    return Bound(forward, backward)
+    if x.dtype != torch.float32 or x.is_contiguous() or x.shape[1] < NORM_CHANNELS:
+        return Bound(forward, backward)
+
+    def forward_norm(
+        x: Tensor, bias: Tensor | None, out: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float, norm: Tensor
+    ) -> None:
+        threads = min(extension.num_threads(), most_threads)
+        tensors = bias, x, out, weight, norm_bias
+        convolve_norm(threads, *[0 if t is None else t.data_ptr() for t in tensors], eps, norm.data_ptr())
+
+    def backward_norm(dy: Tensor, out: Tensor, weight: Tensor, eps: float, *tensors: Tensor | None) -> None:
+        threads = min(extension.num_threads(), most_threads)
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        differentiate_norm(threads, dy.data_ptr(), out.data_ptr(), weight.data_ptr(), eps, *addresses)
+
+    return Bound(forward, backward, forward_norm, backward_norm)
 
 
 def key_conv2d(

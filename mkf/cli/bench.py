@@ -177,14 +177,16 @@ def model(
         title = f"{name}, {what}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
         table = Table(title=title, title_justify="left")
         table.add_column("network")
-        for word in ("ms", "images/s", "times as long as without", "of its depthwise time, mkf removes"):
+        shares = {own: result.derived[label] for own, label in suite.SHARES.items() if label in result.derived}
+        removes = [f"of its depthwise time, {own} removes" for own in shares]
+        for word in ("ms", "images/s", "times as long as without", *removes):
             table.add_column(word, justify="right")
-        shares = result.derived.get("share removed", {})
         for row in result.rows:
             variant = row.name.rpartition(", ")[0]
-            removed = str(shares[variant]) if variant in shares and row.name == fastest(result, variant) else ""
+            is_best = row.name == fastest(result, variant)
+            removed = [str(of[variant]) if variant in of and is_best else "" for of in shares.values()]
             table.add_row(
-                row.name, f"{row.seconds * 1e3:.1f}", f"{batch / row.seconds:.1f}", f"{row.ratio:.2f}", removed
+                row.name, f"{row.seconds * 1e3:.1f}", f"{batch / row.seconds:.1f}", f"{row.ratio:.2f}", *removed
             )
         print_table(console, table)
         if json is not None:

@@ -22,6 +22,7 @@ class LayerReport:
             of its first run if there are several. None where y is 0.
         seconds: Time of the layer for the batch, of all its runs if there are several.
         seconds_with_keys: The same with keys.
+        norm_fused: Whether it computes the LayerNorm that follows too (`mkf.nn.fuse_norms`), which no time here counts.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerReport:
     output_error: float | None = None
     seconds: float | None = None
     seconds_with_keys: float | None = None
+    norm_fused: bool = False
 
 
 @dataclass
@@ -100,6 +102,8 @@ class ConversionReport:
         replaced = self.replaced
         whole = f"{len(replaced)} of {len(self.layers)} depthwise layers have keys now"
         whole += f" ({sum(layer.filters for layer in replaced)} filters)."
+        if fused := sum(layer.norm_fused for layer in replaced):
+            whole += f" {fused} of them compute the LayerNorm that follows too."
         if self.share is not None:
             whole += f" They took {100 * self.share:.1f} % of the network's time on this batch; "
             speed_up = self.expected_speed_up

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from mkf.keys import KeySet
 from mkf.nn.assign import Order
 from mkf.nn.conversion_report import ConversionReport, LayerReport
+from mkf.nn.fuse import fuse_norms, part_norms
 from mkf.nn.key_conv2d import KeyConv2d
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -36,6 +37,7 @@ def convert(
     train: Iterable[str] = ("shift", "bias"),
     tolerance: float = 0.0,
     batch: Any = None,
+    fuse_norm: bool = True,
 ) -> nn.Module:
     """Replace the depthwise convolutions of a model by `KeyConv2d` layers, in place.
 
@@ -63,6 +65,8 @@ def convert(
         tolerance: Relative error allowed in a key where it makes it cheaper, see `KeySet.plan`.
         batch: One input of the model, or a tuple of its arguments. The model runs on it, in evaluation mode, and the
             report then has the error of each layer's output, its share of the time and the network's speed-up.
+        fuse_norm: Let the new layers of ConvNeXt blocks on the CPU compute the LayerNorm that follows them too, see
+            `mkf.nn.fuse_norms`. That changes no names; False for whoever looks at the convolutions' own outputs.
 
     Returns:
         The model.
@@ -117,6 +121,9 @@ def convert(
     in_order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     layers = sorted([*kept, *reports.values()], key=lambda report: in_order.get(report.name, len(in_order)))
     model = _replaced(model, new)
+    fused = set(fuse_norms(model)) if fuse_norm else set()
+    for report in layers:
+        report.norm_fused = report.norm_fused or report.name in fused
     setattr(model, _RECORD, ConversionReport(layers, seconds))
     return model
 
@@ -152,6 +159,7 @@ def restore(model: nn.Module) -> nn.Module:
     layers = _layers(model, KeyConv2d)
     if hooked := [name or "the model" for name, layer in layers if _has_hooks(layer)]:
         raise ValueError(f"these layers have hooks, which would be lost: remove them from {', '.join(hooked)}")
+    part_norms(model)
     model = _replaced(model, {name: layer.to_conv2d() for name, layer in layers})
     if hasattr(model, _RECORD):
         delattr(model, _RECORD)

@@ -13,7 +13,7 @@ from mkf.kernels.key_conv2d.plan import check_tolerance
 from mkf.kernels.registry import named
 from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
-from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d
+from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d, key_conv2d_layer_norm
 from mkf.ops.key_conv2d.check import geometry
 from mkf.ops.key_conv2d.compute import filters_of
 from mkf.ops.key_conv2d.eager import forget
@@ -21,6 +21,19 @@ from mkf.ops.key_conv2d.eager import forget
 TRAINABLE = ("scale", "shift", "bias", "keys")
 
 torch.fx.wrap("key_conv2d")  # a graph of torch.fx holds the call, not what it is made of
+torch.fx.wrap("key_conv2d_layer_norm")
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """A LayerNorm that the `KeyConv2d` before it computes: what arrives here is normalised already, and is passed on.
+
+    It is what `KeyConv2d.fuse_norm` makes of a norm's class, as torch makes another of a parametrised module's: the
+    norm keeps its parameters and its place.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input."""
+        return input
 
 
 class KeyConv2d(nn.Module):
@@ -78,6 +91,7 @@ class KeyConv2d(nn.Module):
 
     keys: Tensor
     index: Tensor
+    norm: nn.LayerNorm | None = None  # what `fuse_norm` was given
 
     def __init__(
         self,
@@ -258,7 +272,10 @@ class KeyConv2d(nn.Module):
         return fit
 
     def to_conv2d(self) -> nn.Conv2d:
-        """An ordinary depthwise convolution with the filters written out, sharing nothing with this layer."""
+        """An ordinary depthwise convolution with the filters written out, sharing nothing with this layer.
+
+        A fused norm is not in it: the layer must part from that before the convolution can take its place.
+        """
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -279,9 +296,34 @@ class KeyConv2d(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """What `timm.utils.reparameterize_model` puts in the layer's place: `to_conv2d()`, for other runtimes.
 
-        With torch, this layer is the faster one.
+        With torch, this layer is the faster one. A fused norm computes by itself again.
         """
+        self.part_norm()
         return self.to_conv2d()
+
+    def fuse_norm(self, norm: nn.LayerNorm) -> None:
+        """Compute the LayerNorm over the channels that follows this layer along with it, from now on.
+
+        `mkf.nn.fuse_norms` and `mkf.convert` do this where they know that nothing else reads this layer's output. The
+        norm stays the module and keeps the parameters that it is, but passes on what it is given; see
+        `mkf.ops.key_conv2d_layer_norm` for where one pass computes both.
+
+        Raises:
+            ValueError: The layer has a norm, or this one is fused, is not over these channels, or lacks weight or bias.
+        """
+        if self.norm is not None or isinstance(norm, FusedLayerNorm):
+            raise ValueError("the layer or the norm is fused already: part_norm() undoes it")
+        if norm.normalized_shape != (self.out_channels,) or norm.weight is None or norm.bias is None:
+            raise ValueError(f"only a LayerNorm of {self.out_channels} channels with weight and bias, not {norm}")
+        vars(norm)["class_before"] = type(norm)
+        norm.__class__ = FusedLayerNorm
+        vars(self)["norm"] = norm  # not as a submodule: it is one of the block that holds both
+
+    def part_norm(self) -> None:
+        """Undo `fuse_norm`, if there was one."""
+        norm = vars(self).pop("norm", None)
+        if norm is not None:
+            norm.__class__ = vars(norm).pop("class_before")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -321,7 +363,7 @@ class KeyConv2d(nn.Module):
         return explain_key_conv2d(x, self.keys, *options)
 
     def forward(self, input: Tensor) -> Tensor:  # named as by nn.Conv2d
-        """Convolve (N, C, H, W) or (C, H, W); see `mkf.ops.key_conv2d`."""
+        """Convolve (N, C, H, W) or (C, H, W); see `mkf.ops.key_conv2d`, and `key_conv2d_layer_norm` with a norm."""
         try:  # straight from their dictionaries, which saves three microseconds
             parameters: dict[str, Any] = self._parameters
             buffers: dict[str, Any] = self._buffers
@@ -329,8 +371,12 @@ class KeyConv2d(nn.Module):
             keys = buffers["keys"] if "keys" in buffers else parameters["keys"]
         except KeyError:  # somebody has put something in their place, such as a parametrisation
             keys, index, scale, shift, bias = self.keys, self.index, self.scale, self.shift, self.bias
-        geometry = self.stride, self.padding, self.dilation
-        return key_conv2d(input, keys, index, scale, shift, bias, *geometry, self.backend, self.tolerance)
+        options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
+        norm = self.norm
+        if norm is None:
+            return key_conv2d(input, keys, index, scale, shift, bias, *options)
+        of_norm = norm.weight, norm.bias, norm.eps
+        return key_conv2d_layer_norm(input, keys, index, scale, shift, bias, *of_norm, *options)
 
     def extra_repr(self) -> str:
         """Size and options, the share of the channels that each key has, and what a fit missed."""
@@ -344,6 +390,8 @@ class KeyConv2d(nn.Module):
             shares = torch.bincount(self.index, minlength=len(self.keys))[: len(self.keys)].tolist()
             used = [f"{name}: {n}" for name, n in zip(self.key_names, shares, strict=True) if n]
             options.append(f"channels by key: {{{', '.join(used)}}}")
+        if self.norm is not None:
+            options.append("computes the LayerNorm that follows")
         if self.residual is not None:
             options.append(f"mean residual={self.residual.mean():.3f}")
         return ", ".join(options)

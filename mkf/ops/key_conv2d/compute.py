@@ -35,6 +35,7 @@ class Call:
         keeps_size: Whether the two are equal.
         options: Stride, padding, dilation, tolerance and backend.
         backward_guards: What the eager backward pass knows dy and x by, as they were before.
+        norm_guards: The same for weight and bias of a LayerNorm that follows.
     """
 
     kernel: Bound
@@ -49,6 +50,7 @@ class Call:
     keeps_size: bool
     options: tuple[Any, ...]
     backward_guards: Any = None
+    norm_guards: Any = None
 
 
 _empty_like = torch.empty_like  # looked up once: after a large layer the way to a name costs as much as the call
@@ -110,6 +112,17 @@ def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def forward_norm(
+    call: Call, x: Tensor, bias: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float, keep: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The output, if it is to be kept, and its LayerNorm, for x in the layout of the call and parameters in order."""
+    assert call.kernel.forward_norm is not None
+    normalized = _empty(call, call.size, x)
+    out = _empty_like(normalized) if keep else None
+    call.kernel.forward_norm(x, bias, out, weight, norm_bias, eps, normalized)
+    return out, normalized
+
+
 def _empty(call: Call, size: Sequence[int], like: Tensor) -> Tensor:
     if call.keeps_size:
         return _empty_like(like, memory_format=call.layout)  # twice as fast, and small layers wait for it
@@ -157,6 +170,18 @@ def gradients(call: Call, dy: Tensor, x: Tensor | None, wanted: Sequence[bool]) 
     if not (dx is None and d_bias is None and left == (None, None)):
         call.kernel.backward(dy, x, dx, *left, d_bias)
     return [dx, d_keys, d_scale, d_shift, d_bias]
+
+
+def gradients_norm(
+    call: Call, dy: Tensor, x: Tensor | None, out: Tensor, weight: Tensor, eps: float, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients for x, scale, shift, bias and the norm's weight and bias, of dy and x that are `arranged`."""
+    assert call.kernel.backward_norm is not None
+    dx = _empty(call, call.x_size, dy) if wanted[0] else None
+    others = [_empty_like(call.shift) if w else None for w in wanted[1:]]
+    out = out.contiguous(memory_format=call.layout)
+    call.kernel.backward_norm(dy, out, weight.contiguous(), eps, x, dx, *others)
+    return [dx, *others]
 
 
 def filters_of(keys: Tensor, index: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

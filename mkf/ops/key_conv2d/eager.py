@@ -74,6 +74,39 @@ def run(call: compute.Call, x: Tensor, keys: Tensor, scale: Tensor, shift: Tenso
     return compute.forward(call, x, bias)
 
 
+def normalizes(call: compute.Call, weight: Tensor, bias: Tensor) -> bool:
+    """Whether the call's kernel can also do a LayerNorm with these parameters."""
+    if call.kernel.forward_norm is None or call.size[0] == 0:
+        return False
+    if call.norm_guards is not None and call.norm_guards.check(weight, bias):
+        return True
+    fits = are_plain(weight, bias) and all(
+        t.is_cpu and t.dtype == torch.float32 and t.shape == call.shift.shape and t.is_contiguous()
+        for t in (weight, bias)
+    )
+    if fits:
+        call.norm_guards = _guards(weight, bias)
+    return fits
+
+
+def run_norm(
+    call: compute.Call,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The LayerNorm of the output of a prepared call that `normalizes`, with derivatives."""
+    trained = (t for t in (x, scale, shift, bias, weight, norm_bias) if t is not None)
+    if _is_grad_enabled() and any(t.requires_grad for t in trained):
+        normalized: Tensor = _KeyConv2dNorm.apply(call, x, scale, shift, bias, weight, norm_bias, eps)[0]
+        return normalized
+    return compute.forward_norm(call, x, bias, weight, norm_bias, eps, keep=False)[1]
+
+
 class _Kept(NamedTuple):
     """A call and what it depends on: while that is the same, it need not be checked and prepared again.
 
@@ -229,20 +262,59 @@ class _KeyConv2d(torch.autograd.Function):
         call: compute.Call = ctx.call
         x, keys, scale, shift = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        if not _is_grad_enabled() and (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places:
-            # Else they were replaced or moved, or a hook has stored copies.
+        if not _is_grad_enabled() and _are_in_place(call, scale, shift):
             arranged = _arranged(call, dy, x)
             if arranged is not None:
                 return None, *compute.gradients(call, *arranged, wanted)
-        saved = x, call.plan.keys if keys is None else keys, call.index, scale, shift
-        gradients: Sequence[Tensor | None]
-        if _is_grad_enabled() or is_legacy_batchedtensor(dy) or is_transformed():
-            # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
-            gradients = _differentiable_gradients(dy, *saved, wanted, call.x_size, *call.options)
-        else:
-            gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, call.x_size, *call.options)
-            gradients = [t if w else None for t, w in zip(gradients, wanted, strict=True)]
+        gradients = _watched_gradients(call, dy, x, call.plan.keys if keys is None else keys, scale, shift, wanted)
         return None, *gradients
+
+
+class _KeyConv2dNorm(torch.autograd.Function):
+    """Gives the convolution beside what is wanted of it, so that what is saved of it has a history of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: compute.Call,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        _, _, scale_trains, shift_trains, *_ = ctx.needs_input_grad
+        out, normalized = compute.forward_norm(call, x, bias, weight, norm_bias, eps, keep=True)
+        ctx.call, ctx.eps = call, eps
+        ctx.save_for_backward(x if scale_trains or shift_trains else None, scale, shift, weight, out)
+        ctx.set_materialize_grads(False)
+        return normalized, out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, d_out: Tensor | None) -> tuple[Any, ...]:
+        call: compute.Call = ctx.call
+        x, scale, shift, weight, out = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:7]
+        if dy is not None and d_out is None and not _is_grad_enabled() and _are_in_place(call, scale, shift):
+            arranged = _arranged(call, dy, x)
+            if arranged is not None:
+                return None, *compute.gradients_norm(call, *arranged, out, weight, ctx.eps, wanted), None
+        d_weight = d_norm_bias = None
+        if dy is not None:
+            dy, d_weight, d_norm_bias = _layer_norm_gradients(dy, out, weight, ctx.eps)
+            d_out = dy if d_out is None else dy + d_out
+        if d_out is None:
+            return (None,) * 8
+        of_conv = wanted[0], False, *wanted[1:4]
+        dx, _, *others = _watched_gradients(call, d_out, x, call.plan.keys, scale, shift, of_conv)
+        return None, dx, *others, d_weight if wanted[4] else None, d_norm_bias if wanted[5] else None, None
+
+
+def _are_in_place(call: compute.Call, scale: Tensor, shift: Tensor) -> bool:
+    """Whether the kernel reads these: they were not replaced or moved, and no hook has stored copies."""
+    return (scale.data_ptr(), shift.data_ptr(), call.plan.keys.data_ptr()) == call.places
 
 
 def _arranged(call: compute.Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -256,6 +328,34 @@ def _arranged(call: compute.Call, dy: Tensor, x: Tensor | None) -> tuple[Tensor,
     if arranged[0] is dy and arranged[1] is x:
         call.backward_guards = _guards(*given)
     return arranged
+
+
+def _watched_gradients(
+    call: compute.Call,
+    dy: Tensor,
+    x: Tensor | None,
+    keys: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """As `compute.gradients`, by operators of torch."""
+    saved = x, keys, call.index, scale, shift
+    if _is_grad_enabled() or is_legacy_batchedtensor(dy) or is_transformed():
+        # These gradients are to be differentiated again, or dy stands for many (`is_grads_batched`).
+        return _differentiable_gradients(dy, *saved, wanted, call.x_size, *call.options)
+    gradients = torch.ops.mkf.key_conv2d_backward(dy, *saved, wanted, call.x_size, *call.options)
+    return [t if w else None for t, w in zip(gradients, wanted, strict=True)]
+
+
+def _layer_norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias of a LayerNorm over the channels, differentiable."""
+    variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    normal = (x - mean) * scale
+    g = dy * weight[:, None, None]
+    dx = scale * (g - g.mean(1, keepdim=True) - normal * (g * normal).mean(1, keepdim=True))
+    return dx, (dy * normal).sum((0, 2, 3)), dy.sum((0, 2, 3))
 
 
 def _differentiable_gradients(

@@ -1,0 +1,87 @@
+"""The key convolution with the LayerNorm that follows it in ConvNeXt, in one pass where there is a kernel for it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mkf.ops.key_conv2d import Sizes, eager, key_conv2d
+from mkf.ops.key_conv2d.compute import Call
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def key_conv2d_layer_norm(
+    x: Tensor,
+    keys: Any,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-6,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    backend: str | None = None,
+    tolerance: float = 0.0,
+) -> Tensor:
+    """Convolve every channel with its own filter, a scaled and shifted key, and normalise pixels over the channels.
+
+        y = key_conv2d(x, keys, index, scale, shift, bias, ...)
+        out[n, c] = (y[n, c] - mean[n]) / sqrt(variance[n] + eps) * norm_weight[c] + norm_bias[c]
+
+    with the mean and the (biased) variance of a pixel's channels: `torch.nn.functional.layer_norm` where the channels
+    come last ("Layer Normalization", Ba, Kiros and Hinton, 2016). In one pass, forward and backward, an image is
+    normalised while the caches hold it: on the CPU, for float32 in channels-last memory with 16 channels or more, with
+    the C++ extension and keys that do not train, outside of autocast and torch.compile. Everywhere else it is those two
+    operations, one after the other. The two differ by rounding.
+
+    Args:
+        x: As for `key_conv2d`, as the next five.
+        keys: K keys.
+        index: The key of each channel.
+        scale: Of each channel.
+        shift: Of each channel.
+        bias: Of each channel, or None.
+        norm_weight: (C,), of the LayerNorm.
+        norm_bias: (C,), of the LayerNorm.
+        eps: Added to the variance.
+        stride: As for `key_conv2d`, as the rest.
+        padding: Zeros on every side.
+        dilation: Of the filters.
+        backend: Name of an implementation.
+        tolerance: Relative error allowed in a key.
+
+    Returns:
+        Of the size of what `key_conv2d` returns; as many derivatives, and first ones that are deterministic.
+
+    Raises:
+        ValueError: As `key_conv2d`.
+        TypeError: As `key_conv2d`.
+        BackendError: As `key_conv2d`.
+        RuntimeError: `norm_weight` or `norm_bias` does not have C elements, or is of another dtype than y.
+    """
+    convolution = x, keys, index, scale, shift, bias
+    options = stride, padding, dilation, tolerance, backend
+    call = _find(*convolution, options, norm_weight, norm_bias)
+    if call is None:
+        y = key_conv2d(*convolution, stride, padding, dilation, backend, tolerance)
+        call = _find(
+            *convolution, options, norm_weight, norm_bias
+        )  # kept by now, if it can be: the first call gives no other bits
+    if call is None:
+        return F.layer_norm(y.movedim(-3, -1), y.shape[-3:-2], norm_weight, norm_bias, eps).movedim(-1, -3)
+    return eager.run_norm(call, x, scale, shift, bias, norm_weight, norm_bias, eps)
+
+
+def _find(*given: Any) -> Call | None:
+    """The call that was kept for the convolution and its options, if one pass can do the norm too."""
+    *convolution, weight, bias = given
+    if _is_dynamo_compiling() or _is_any_autocast_enabled():
+        return None
+    call = eager.find(*convolution)
+    return call if call is not None and eager.normalizes(call, weight, bias) else None

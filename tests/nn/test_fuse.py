@@ -1,0 +1,162 @@
+"""LayerNorms that the layers before them compute."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch import nn
+
+import mkf
+from mkf.kernels import extension
+from mkf.nn import conversion_report, fuse_norms, part_norms
+from mkf.nn.key_conv2d import FusedLayerNorm
+from mkf.ops.key_conv2d import compute
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def convnext(conv_mlp: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "convnext_atto",
+        depths=(1, 1, 2, 1),
+        dims=(24, 32, 40, 48),
+        num_classes=7,
+        conv_mlp=conv_mlp,
+        ls_init_value=1.0,
+    )
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return model.to(memory_format=torch.channels_last)
+
+
+def torchvisions() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    torch.manual_seed(0)
+    return ConvNeXt([CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 2)], num_classes=7, layer_scale=1.0)
+
+
+MODELS = {"conv_mlp": convnext, "linear": lambda: convnext(False), "torchvision": torchvisions}
+
+
+def converted(model: nn.Module, fuse_norm: bool) -> nn.Module:
+    return mkf.convert(copy.deepcopy(model), mkf.keys.analytic("B"), assign="uniform", fuse_norm=fuse_norm)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(IMAGES.to(memory_format=torch.channels_last)).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_fused_is_the_same_network(kind: str, monkeypatch) -> None:
+    passes = []
+    run = compute.gradients_norm
+    monkeypatch.setattr(compute, "gradients_norm", lambda *a: (passes.append(a), run(*a))[1])
+    model = MODELS[kind]()
+    apart, fused = converted(model, False), converted(model, True)
+    layers = [layer for layer in fused.modules() if isinstance(layer, mkf.KeyConv2d)]
+    assert all(isinstance(layer.norm, FusedLayerNorm) for layer in layers)
+    assert [n for n, _ in fused.named_parameters()] == [n for n, _ in apart.named_parameters()]
+    assert not any(layer.norm for layer in apart.modules() if isinstance(layer, mkf.KeyConv2d))
+    expected, got = gradients(apart), gradients(fused)
+    assert len(passes) == (0 if extension.missing() else len(layers))
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert (gradient - got[name]).norm() <= 1e-4 * gradient.norm(), name
+    report = conversion_report(fused)
+    assert f"{len(layers)} of them compute the LayerNorm" in str(report)
+    assert "LayerNorm that follows" not in str(conversion_report(apart))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_restored_and_parted_networks_are_ordinary_again(kind: str) -> None:
+    model = MODELS[kind]()
+    fused = converted(model, True)
+    logits = fused.eval()(IMAGES)
+    part_norms(fused)
+    assert {type(m) for m in fused.modules()} == {type(m) for m in model.modules()} - {nn.Conv2d} | {
+        mkf.KeyConv2d,
+        nn.Conv2d,
+    }
+    torch.testing.assert_close(fused(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    names = fuse_norms(fused)
+    assert names
+    assert not fuse_norms(fused)
+    restored = mkf.restore(fused)
+    assert {type(m) for m in restored.modules()} == {type(m) for m in model.modules()}
+    assert restored.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(restored(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(restored.modules(), model.modules(), strict=True))
+
+
+def test_copies_pickles_states_and_averages_hold_their_own_norms() -> None:
+    fused = converted(convnext(), True).eval()
+    logits = fused(IMAGES)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), ModelEmaV3(fused).module):
+        block, own = other.stages[0].blocks[0], fused.stages[0].blocks[0]
+        assert block.conv_dw.norm is block.norm
+        assert block.norm is not own.norm
+        torch.testing.assert_close(other.eval()(IMAGES), logits, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            block.norm.weight.neg_()
+        assert not torch.allclose(other(IMAGES), logits)
+        assert torch.equal(fused(IMAGES), logits)
+    other = converted(convnext(), False)
+    other.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(other.eval()(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    half = copy.deepcopy(fused).bfloat16()
+    assert half(IMAGES.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(IMAGES), other(IMAGES), rtol=0.1, atol=0.1)
+
+
+def test_timms_reparameterisation_parts_them() -> None:
+    fused = converted(convnext(), True).eval()
+    logits = fused(IMAGES)
+    ordinary = reparameterize_model(fused)
+    assert not any(isinstance(m, FusedLayerNorm | mkf.KeyConv2d) for m in ordinary.modules())
+    torch.testing.assert_close(ordinary(IMAGES), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_fused() -> None:
+    def stay(change) -> bool:
+        model = convnext()
+        change(model.stages[0].blocks[0])
+        fused = converted(model, True)
+        assert fused.stages[3].blocks[0].conv_dw.norm is not None
+        return fused.stages[0].blocks[0].conv_dw.norm is None
+
+    def share(block) -> None:
+        block.drop_path = block.norm
+
+    assert not stay(lambda block: None)
+    assert stay(lambda block: block.norm.register_forward_hook(lambda *_: None))
+    assert stay(lambda block: setattr(block, "norm", nn.LayerNorm(24, elementwise_affine=False)))
+    assert stay(lambda block: setattr(block, "norm", nn.BatchNorm2d(24)))
+    assert stay(lambda block: setattr(block.norm, "_fast_norm", True))
+    assert stay(lambda block: setattr(block, "forward", block.forward))
+    assert stay(share)
+    assert not fuse_norms(nn.Sequential(mkf.KeyConv2d(8, 7, mkf.keys.analytic("B")), nn.LayerNorm(8)))
+
+
+def test_fusing_by_hand() -> None:
+    layer, norm = mkf.KeyConv2d(24, 7, mkf.keys.analytic("B"), padding=3), nn.LayerNorm(24)
+    x = torch.randn(2, 24, 8, 8)
+    expected = norm(layer(x).movedim(1, -1)).movedim(-1, 1)
+    layer.fuse_norm(norm)
+    torch.testing.assert_close(layer(x), expected)
+    assert "computes the LayerNorm that follows" in repr(layer)
+    assert set(layer.state_dict()) == {"keys", "index", "scale", "shift", "bias"}
+    with pytest.raises(ValueError, match="fused already"):
+        layer.fuse_norm(nn.LayerNorm(24))
+    layer.part_norm()
+    assert type(norm) is nn.LayerNorm
+    for other in (nn.LayerNorm(23), nn.LayerNorm(24, bias=False)):
+        with pytest.raises(ValueError, match="24 channels"):
+            layer.fuse_norm(other)
