@@ -375,8 +375,7 @@ class KeyConv2d(nn.Module):
         norm = self.norm
         if norm is None:
             return key_conv2d(input, keys, index, scale, shift, bias, *options)
-        of_norm = norm.weight, norm.bias, norm.eps
-        return key_conv2d_layer_norm(input, keys, index, scale, shift, bias, *of_norm, *options)
+        return key_conv2d_layer_norm(input, keys, index, scale, shift, bias, norm.weight, norm.bias, norm.eps, *options)
 
     def extra_repr(self) -> str:
         """Size and options, the share of the channels that each key has, and what a fit missed."""
