@@ -175,11 +175,11 @@ def model(
         )  # fmt: skip
         what = mode if inference else f"{mode} ({' and '.join(trained)})"
         title = f"{name}, {what}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
-        table = Table(title=title, title_justify="left")
+        caption = "removed: of what a network takes longer than the same without depthwise layers"
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         table.add_column("network")
         shares = {own: result.derived[label] for own, label in suite.SHARES.items() if label in result.derived}
-        removes = [f"of its depthwise time, {own} removes" for own in shares]
-        for word in ("ms", "images/s", "times as long as without", *removes):
+        for word in ("ms", "images/s", "times as long as without", *(f"removed by {own}" for own in shares)):
             table.add_column(word, justify="right")
         for row in result.rows:
             variant = row.name.rpartition(", ")[0]

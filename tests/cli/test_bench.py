@@ -105,16 +105,17 @@ def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     mkf.keys.analytic("B").save("keys[b].safetensors")
     words = ["bench", "model", "convnext_atto", "--train", "bias", "--batch", "1", "--size", "32", "--rounds", "1"]
     words += ["--keys", "keys[b].safetensors"]
-    words += ["--only", "mkf, channels-last", "--only", "nn.Conv2d, weights frozen, channels-last"]
+    wanted = ["mkf, channels-last", "mkf, norms apart, channels-last", "nn.Conv2d, weights frozen, channels-last"]
+    words += [word for name in wanted for word in ("--only", name)]
     result = CliRunner().invoke(app, [*words, "--json", str(out), "--figure", str(figure)])
     assert result.exit_code == 0, result.output
     assert "%" in result.output
     assert "keys[b].safetensors" in result.output
     (written,) = json.loads(out.read_text())
     assert written["problem"]["train"] == ["bias"]
-    names = ["mkf, channels-last", "nn.Conv2d, weights frozen, channels-last"]
-    names += ["without depthwise layers, channels-last"]
-    assert [row["name"] for row in written["rows"]] == names
+    assert [row["name"] for row in written["rows"]] == [*wanted, "without depthwise layers, channels-last"]
+    shares = {label: list(of) for label, of in written["derived"].items()}
+    assert shares == dict.fromkeys(models.SHARES.values(), ["nn.Conv2d, weights frozen"])
     assert "nn.Conv2d, weights frozen" in figure.read_text()
 
 
