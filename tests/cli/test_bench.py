@@ -115,7 +115,7 @@ def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     assert written["problem"]["train"] == ["bias"]
     assert [row["name"] for row in written["rows"]] == [*wanted, "without depthwise layers, channels-last"]
     shares = {label: list(of) for label, of in written["derived"].items()}
-    assert shares == dict.fromkeys(models.SHARES.values(), ["nn.Conv2d, weights frozen"])
+    assert shares == {label: ["nn.Conv2d, weights frozen"] for label in models.SHARES.values()}
     assert "nn.Conv2d, weights frozen" in figure.read_text()
 
 
