@@ -103,7 +103,7 @@ class ConversionReport:
         whole = f"{len(replaced)} of {len(self.layers)} depthwise layers have keys now"
         whole += f" ({sum(layer.filters for layer in replaced)} filters)."
         if fused := sum(layer.norm_fused for layer in replaced):
-            whole += f" {fused} of them compute the LayerNorm that follows too."
+            whole += f" {fused} of them were fused with the LayerNorm that follows."
         if self.share is not None:
             whole += f" They took {100 * self.share:.1f} % of the network's time on this batch; "
             speed_up = self.expected_speed_up

@@ -66,7 +66,8 @@ def convert(
         batch: One input of the model, or a tuple of its arguments. The model runs on it, in evaluation mode, and the
             report then has the error of each layer's output, its share of the time and the network's speed-up.
         fuse_norm: Let the new layers of ConvNeXt blocks on the CPU compute the LayerNorm that follows them too, see
-            `mkf.nn.fuse_norms`. That changes no names; False for whoever looks at the convolutions' own outputs.
+            `mkf.nn.fuse_norms`. That changes no names. Before replacing such a layer or norm yourself, call
+            `mkf.nn.part_norms`.
 
     Returns:
         The model.
@@ -121,7 +122,7 @@ def convert(
     in_order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     layers = sorted([*kept, *reports.values()], key=lambda report: in_order.get(report.name, len(in_order)))
     model = _replaced(model, new)
-    fused = set(fuse_norms(model)) if fuse_norm else set()
+    fused = set(fuse_norms(model, new.values())) if fuse_norm else set()
     for report in layers:
         report.norm_fused = report.norm_fused or report.name in fused
     setattr(model, _RECORD, ConversionReport(layers, seconds))
@@ -152,7 +153,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: A layer has hooks, which would be lost. The model is as it was.
+        ValueError: A layer has hooks, which would be lost, or a norm that it computes was parametrised. The model is
+            as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes a torch module, not a {type(model).__name__}")

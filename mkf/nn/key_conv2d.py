@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mkf.bank.compact import KEYS
 from mkf.kernels.key_conv2d.plan import check_tolerance
@@ -29,11 +30,18 @@ class FusedLayerNorm(nn.LayerNorm):
 
     It is what `KeyConv2d.fuse_norm` makes of a norm's class, as torch makes another of a parametrised module's: the
     norm keeps its parameters and its place.
+
+    Attributes:
+        class_before: The class it had.
+        computed: Whether the layer did, at its last call.
     """
 
+    class_before: type[nn.LayerNorm]
+    computed: bool
+
     def forward(self, input: Tensor) -> Tensor:
-        """The input."""
-        return input
+        """The input, or its LayerNorm where the layer has left that to this module."""
+        return input if self.computed else self.class_before.forward(self, input)
 
 
 class KeyConv2d(nn.Module):
@@ -91,7 +99,7 @@ class KeyConv2d(nn.Module):
 
     keys: Tensor
     index: Tensor
-    norm: nn.LayerNorm | None = None  # what `fuse_norm` was given
+    norm: FusedLayerNorm | None = None  # what `fuse_norm` was given
 
     def __init__(
         self,
@@ -306,24 +314,43 @@ class KeyConv2d(nn.Module):
 
         `mkf.nn.fuse_norms` and `mkf.convert` do this where they know that nothing else reads this layer's output. The
         norm stays the module and keeps the parameters that it is, but passes on what it is given; see
-        `mkf.ops.key_conv2d_layer_norm` for where one pass computes both.
+        `mkf.ops.key_conv2d_layer_norm` for where one pass computes both. While one of the two has hooks, each computes
+        its own part. Undo it by `part_norm` before one of the two is replaced: the other would not know.
 
         Raises:
-            ValueError: The layer has a norm, or this one is fused, is not over these channels, or lacks weight or bias.
+            TypeError: It is no LayerNorm.
+            ValueError: The layer has a norm, or this one is fused or parametrised, is not over these channels, or lacks
+                weight or bias.
         """
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"fuse_norm takes an nn.LayerNorm, not a {type(norm).__name__}")
         if self.norm is not None or isinstance(norm, FusedLayerNorm):
             raise ValueError("the layer or the norm is fused already: part_norm() undoes it")
+        if is_parametrized(norm):
+            raise ValueError("the norm is parametrised: remove that first")
         if norm.normalized_shape != (self.out_channels,) or norm.weight is None or norm.bias is None:
             raise ValueError(f"only a LayerNorm of {self.out_channels} channels with weight and bias, not {norm}")
-        vars(norm)["class_before"] = type(norm)
+        vars(norm).update(class_before=type(norm), computed=False)
         norm.__class__ = FusedLayerNorm
         vars(self)["norm"] = norm  # not as a submodule: it is one of the block that holds both
 
     def part_norm(self) -> None:
-        """Undo `fuse_norm`, if there was one."""
-        norm = vars(self).pop("norm", None)
-        if norm is not None:
-            norm.__class__ = vars(norm).pop("class_before")
+        """Undo `fuse_norm`, if there was one.
+
+        Raises:
+            ValueError: The norm was parametrised since. All is as it was.
+        """
+        self.check_norm()
+        norm = self.norm
+        if norm is None:
+            return
+        del vars(self)["norm"], vars(norm)["computed"]
+        norm.__class__ = vars(norm).pop("class_before")
+
+    def check_norm(self) -> None:
+        """Raise what `part_norm` would."""
+        if self.norm is not None and type(self.norm) is not FusedLayerNorm:
+            raise ValueError("the LayerNorm that this layer computes was parametrised since: remove that first")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -373,6 +400,11 @@ class KeyConv2d(nn.Module):
             keys, index, scale, shift, bias = self.keys, self.index, self.scale, self.shift, self.bias
         options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
         norm = self.norm
+        if norm is not None:
+            fused = not (_has_hooks(self) or _has_hooks(norm))
+            if norm.computed != fused:
+                vars(norm)["computed"] = fused
+            norm = norm if fused else None
         if norm is None:
             return key_conv2d(input, keys, index, scale, shift, bias, *options)
         return key_conv2d_layer_norm(input, keys, index, scale, shift, bias, norm.weight, norm.bias, norm.eps, *options)
@@ -430,3 +462,10 @@ class KeyConv2d(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes into a module, comes out of it or goes back through it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -6,8 +6,11 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import mkf
 from mkf.kernels import extension
@@ -70,7 +73,7 @@ def test_fused_is_the_same_network(kind: str, monkeypatch) -> None:
     for name, gradient in expected.items():
         assert (gradient - got[name]).norm() <= 1e-4 * gradient.norm(), name
     report = conversion_report(fused)
-    assert f"{len(layers)} of them compute the LayerNorm" in str(report)
+    assert f"{len(layers)} of them were fused with the LayerNorm" in str(report)
     assert "LayerNorm that follows" not in str(conversion_report(apart))
 
 
@@ -141,8 +144,101 @@ def test_what_is_not_fused() -> None:
     assert stay(lambda block: setattr(block, "norm", nn.BatchNorm2d(24)))
     assert stay(lambda block: setattr(block.norm, "_fast_norm", True))
     assert stay(lambda block: setattr(block, "forward", block.forward))
+    assert stay(lambda block: setattr(block, "__class__", Other))
     assert stay(share)
     assert not fuse_norms(nn.Sequential(mkf.KeyConv2d(8, 7, mkf.keys.analytic("B")), nn.LayerNorm(8)))
+
+
+class Other(ConvNeXtBlock):
+    pass
+
+
+def test_a_class_whose_forward_was_replaced_is_not_fused(monkeypatch) -> None:
+    monkeypatch.setattr(ConvNeXtBlock, "forward", lambda self, x: x + self.conv_dw(x))
+    assert not any(report.norm_fused for report in conversion_report(converted(convnext(), True)).layers)
+
+
+def test_a_second_conversion_leaves_the_first_as_it_is() -> None:
+    model = convnext()
+    model.head.global_pool.pool = nn.Sequential(nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.AdaptiveAvgPool2d(1))
+    mkf.convert(model, mkf.keys.analytic("B"), assign="uniform", fuse_norm=False)
+    mkf.convert(model, mkf.keys.analytic("B", 3), assign="uniform")
+    assert not any(isinstance(m, FusedLayerNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("which", ["conv_dw", "norm"])
+def test_hooks_see_what_they_would(which: str) -> None:
+    fused, apart = (converted(convnext(), fuse_norm).eval() for fuse_norm in (True, False))
+    logits = fused(IMAGES)
+    seen = []
+
+    def after(module, x, y) -> torch.Tensor:
+        seen.append((x[0], y))
+        return y.abs()
+
+    for _ in range(2):  # the first leaves nothing behind
+        seen.clear()
+        for model in (fused, apart):
+            module = getattr(model.stages[1].blocks[0], which)
+            handles = [module.register_forward_hook(after)]
+            handles.append(module.register_forward_pre_hook(lambda m, x: (3 * x[0],)))
+            seen.append(model(IMAGES))
+            for handle in handles:
+                handle.remove()
+        for got, right in zip(seen[:2], seen[2:], strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(seen[1], logits, atol=1e-3)
+        torch.testing.assert_close(fused(IMAGES), logits)
+
+
+def test_a_hook_that_removes_itself_leaves_the_norm_to_compute() -> None:
+    fused = converted(convnext(), True).eval()
+    logits = fused(IMAGES)
+    handle = fused.stages[1].blocks[0].conv_dw.register_forward_hook(lambda *_: handle.remove())
+    for _ in range(2):
+        torch.testing.assert_close(fused(IMAGES), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_norms_that_are_pruned_or_parametrised_afterwards() -> None:
+    fused, apart = (converted(convnext(), fuse_norm).eval() for fuse_norm in (True, False))
+    for model in (fused, apart):
+        prune.l1_unstructured(model.stages[0].blocks[0].norm, "weight", 0.5)
+        with torch.no_grad():
+            model.stages[0].blocks[0].norm.weight_orig.mul_(2)
+        parametrize.register_parametrization(model.stages[3].blocks[0].norm, "weight", nn.Softplus())
+    torch.testing.assert_close(fused(IMAGES), apart(IMAGES), rtol=1e-3, atol=1e-3)
+    for undo in (part_norms, mkf.restore):
+        with pytest.raises(ValueError, match="parametrised since"):
+            undo(fused)
+    torch.testing.assert_close(fused(IMAGES), apart(IMAGES), rtol=1e-3, atol=1e-3)
+    assert fused.stages[0].blocks[0].conv_dw.norm is not None
+    with pytest.raises(ValueError, match="parametrised: remove"):
+        mkf.KeyConv2d(48, 7, mkf.keys.analytic("B")).fuse_norm(apart.stages[3].blocks[0].norm)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_from_the_first_step_on(use_reentrant: bool) -> None:
+    fused, apart = (converted(convnext(), fuse_norm) for fuse_norm in (True, False))
+    for size in (64, 96):
+        results = []
+        for model in (fused, apart):
+            model.zero_grad()
+            x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(2), requires_grad=True)
+            x = x.contiguous(memory_format=torch.channels_last)
+            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+            results.append(model.stages[0].blocks[0].norm.weight.grad)
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_has_ordinary_operators(dynamo: bool, tmp_path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    fused = converted(convnext(), True).eval()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(fused, (IMAGES,), path, dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), fused(IMAGES), rtol=1e-3, atol=1e-3)
 
 
 def test_fusing_by_hand() -> None:
@@ -157,6 +253,9 @@ def test_fusing_by_hand() -> None:
         layer.fuse_norm(nn.LayerNorm(24))
     layer.part_norm()
     assert type(norm) is nn.LayerNorm
+    assert torch.equal(norm(x.movedim(1, -1)), nn.functional.layer_norm(x.movedim(1, -1), (24,)))
+    with pytest.raises(TypeError, match="BatchNorm2d"):
+        layer.fuse_norm(nn.BatchNorm2d(24))
     for other in (nn.LayerNorm(23), nn.LayerNorm(24, bias=False)):
         with pytest.raises(ValueError, match="24 channels"):
             layer.fuse_norm(other)

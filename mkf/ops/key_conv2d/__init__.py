@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mkf.kernels.key_conv2d import Pair
 from mkf.kernels.key_conv2d.plan import plan_of
 from mkf.kernels.registry import choose, passed_over
 from mkf.ops.key_conv2d import compute, eager, operator  # noqa: F401 (the operator registers itself)
@@ -83,9 +84,39 @@ def key_conv2d(
         if call is not None:
             return eager.run(call, x, keys, scale, shift, bias)
 
-    q = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
     if _is_onnx_export():
+        q = _filters(keys, x)
         return compute.written_out(x, q, index, scale, shift, bias, stride, padding, dilation)
+    tensors, geometry, planned, call = prepared(x, keys, index, scale, shift, bias, options)
+    if call is not None:
+        out = eager.run(call, *tensors[:2], *tensors[3:])
+    elif eager.is_transformed():
+        out = compute.written_out(*tensors, *geometry)
+    else:
+        out = torch.ops.mkf.key_conv2d(*tensors, *geometry, planned, backend or "")
+    return out if x.ndim == 4 else out[0]
+
+
+def prepared(
+    x: Tensor,
+    keys: Any,
+    index: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[Any, tuple[Pair, Pair, Pair], float | None, compute.Call | None]:
+    """What there is to do before a call that was not kept, with the options as `key_conv2d` passes them on.
+
+    Returns:
+        The six tensors as they are computed with, stride, padding and dilation as pairs, the tolerance or None where
+        the keys train, and the call, which is kept for the next time if it can be. None where something watches.
+
+    Raises:
+        As `key_conv2d`.
+    """
+    stride, padding, dilation, tolerance, backend = options
+    q = _filters(keys, x)
     geometry = check_input(x, q, stride, padding, dilation)
     check_parameters(x, index, scale, shift, bias)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -93,16 +124,12 @@ def key_conv2d(
     # What is known of keys that are frozen and of an index is known by the caller's tensors, converted or not.
     tensors = (x if x.ndim == 4 else x[None], q.to(dtype) if q.requires_grad else q, index, *wide)
     planned = None if q.requires_grad else tolerance
-    if not eager.is_watched() and eager.are_plain(*(t for t in tensors if t is not None)):
-        call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
-        if all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
-            eager.keep(call, *tensors, options)
-        out = eager.run(call, tensors[0], tensors[1], *wide)
-    elif eager.is_transformed():
-        out = compute.written_out(*tensors, *geometry)
-    else:
-        out = torch.ops.mkf.key_conv2d(*tensors, *geometry, planned, backend or "")
-    return out if x.ndim == 4 else out[0]
+    if eager.is_watched() or not eager.are_plain(*(t for t in tensors if t is not None)):
+        return tensors, geometry, planned, None
+    call = compute.prepare(*tensors[:5], *geometry, planned, backend or "")
+    if all(t is u for t, u in zip(tensors, (x, keys, index, scale, shift, bias), strict=True)):
+        eager.keep(call, *tensors, options)
+    return tensors, geometry, planned, call
 
 
 def explain_key_conv2d(
@@ -119,7 +146,7 @@ def explain_key_conv2d(
     The arguments are those of `key_conv2d` and refused alike. Nothing is computed.
     """
     x = _autocast(x)
-    keys = _filters(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
+    keys = _filters(keys, x)
     geometry = check_input(x, keys, stride, padding, dilation)
     x = x if x.ndim == 4 else x[None]
     x = x.contiguous(memory_format=compute.layout_of(x))
@@ -147,8 +174,13 @@ def _autocast(x: Any) -> Any:
     return x
 
 
+def _filters(keys: Any, x: Any) -> Any:
+    """The filters of a key set where x is, and all else as it is."""
+    return _filters_on(keys, x.device) if hasattr(keys, "filters") and isinstance(x, Tensor) else keys
+
+
 @lru_cache(64)
-def _filters(keys: Any, device: torch.device) -> Tensor:
+def _filters_on(keys: Any, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # they outlive it
         filters: Tensor = keys.filters
         return filters.to(device)

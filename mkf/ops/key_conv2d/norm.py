@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mkf.ops.key_conv2d import Sizes, eager, key_conv2d
-from mkf.ops.key_conv2d.compute import Call
+from mkf.ops.key_conv2d import Sizes, eager, key_conv2d, prepared
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -65,23 +64,30 @@ def key_conv2d_layer_norm(
         BackendError: As `key_conv2d`.
         RuntimeError: `norm_weight` or `norm_bias` does not have C elements, or is of another dtype than y.
     """
-    convolution = x, keys, index, scale, shift, bias
-    options = stride, padding, dilation, tolerance, backend
-    call = _find(*convolution, options, norm_weight, norm_bias)
-    if call is None:
-        y = key_conv2d(*convolution, stride, padding, dilation, backend, tolerance)
-        call = _find(
-            *convolution, options, norm_weight, norm_bias
-        )  # kept by now, if it can be: the first call gives no other bits
-    if call is None:
-        return F.layer_norm(y.movedim(-3, -1), y.shape[-3:-2], norm_weight, norm_bias, eps).movedim(-1, -3)
-    return eager.run_norm(call, x, scale, shift, bias, norm_weight, norm_bias, eps)
+    if not _is_dynamo_compiling() and not _is_any_autocast_enabled() and _is_for_the_kernel(x, keys):
+        options = stride, padding, dilation, tolerance, backend
+        call = eager.find(x, keys, index, scale, shift, bias, options)
+        if call is None:
+            tensors, *_, call = prepared(x, keys, index, scale, shift, bias, options)
+            same = all(t is u for t, u in zip(tensors[2:], (index, scale, shift, bias), strict=True))
+            call = call if same else None  # else they are of other dtypes, and so is the norm
+        if call is not None and eager.normalizes(call, norm_weight, norm_bias):
+            return eager.run_norm(call, x, scale, shift, bias, norm_weight, norm_bias, eps)
+    y = key_conv2d(x, keys, index, scale, shift, bias, stride, padding, dilation, backend, tolerance)
+    channels, last = y.ndim - 3, y.ndim - 1
+    normalized = F.layer_norm(y.movedim(channels, last), (y.shape[channels],), norm_weight, norm_bias, eps)
+    return normalized.movedim(last, channels)
 
 
-def _find(*given: Any) -> Call | None:
-    """The call that was kept for the convolution and its options, if one pass can do the norm too."""
-    *convolution, weight, bias = given
-    if _is_dynamo_compiling() or _is_any_autocast_enabled():
-        return None
-    call = eager.find(*convolution)
-    return call if call is not None and eager.normalizes(call, weight, bias) else None
+def _is_for_the_kernel(x: Any, keys: Any) -> bool:
+    """Whether it is worth while to look closer."""
+    return (
+        type(x) in eager.PLAIN
+        and x.ndim == 4
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not getattr(keys, "requires_grad", False)
+        and not torch.onnx.is_in_onnx_export()
+    )
