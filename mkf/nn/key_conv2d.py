@@ -401,7 +401,7 @@ class KeyConv2d(nn.Module):
         options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
         norm = self.norm
         if norm is not None:
-            fused = not (_has_hooks(self) or _has_hooks(norm))
+            fused = not (_is_hooked(self) or _is_hooked(norm))
             if norm.computed != fused:
                 vars(norm)["computed"] = fused
             norm = norm if fused else None
@@ -464,7 +464,7 @@ class KeyConv2d(nn.Module):
         )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
     """Whether somebody sees or changes what goes into a module, comes out of it or goes back through it."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

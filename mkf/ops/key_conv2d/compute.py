@@ -115,8 +115,9 @@ def forward(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
 def forward_norm(
     call: Call, x: Tensor, bias: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The output, if it is to be kept, and its LayerNorm, for x in the layout of the call and parameters in order."""
+    """The output, if it is to be kept, and its LayerNorm, for x in the layout of the call."""
     assert call.kernel.forward_norm is not None
+    bias = None if bias is None else bias.contiguous()
     normalized = _empty(call, call.size, x)
     out = _empty_like(normalized) if keep else None
     call.kernel.forward_norm(x, bias, out, weight, norm_bias, eps, normalized)

@@ -64,10 +64,10 @@ def key_conv2d_layer_norm(
         BackendError: As `key_conv2d`.
         RuntimeError: `norm_weight` or `norm_bias` does not have C elements, or is of another dtype than y.
     """
-    if not _is_dynamo_compiling() and not _is_any_autocast_enabled() and _is_for_the_kernel(x, keys):
+    if not _is_dynamo_compiling() and not _is_any_autocast_enabled():
         options = stride, padding, dilation, tolerance, backend
         call = eager.find(x, keys, index, scale, shift, bias, options)
-        if call is None:
+        if call is None and _is_for_the_kernel(x, keys):
             tensors, *_, call = prepared(x, keys, index, scale, shift, bias, options)
             same = all(t is u for t, u in zip(tensors[2:], (index, scale, shift, bias), strict=True))
             call = call if same else None  # else they are of other dtypes, and so is the norm
