@@ -121,6 +121,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
         first *= cut;
         last *= cut;
         const std::unique_ptr<T[]> buffer(tensors.out ? nullptr : new T[bands.size]);  // of one image
+        expect_to_fill(buffer.get(), buffer ? bands.size * sizeof(T) : 0);
         const Tensor<T> out{buffer ? buffer.get() : static_cast<T*>(tensors.out), p.batch, p.channels, out_rows,
                             out_columns};
         const ChannelNorm norm(tensors.norm, p.channels);
@@ -250,6 +251,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         first *= cut;
         last *= cut;
         const std::unique_ptr<T[]> buffer(tensors.norm ? new T[bands.size] : nullptr);  // of one image
+        expect_to_fill(buffer.get(), buffer ? bands.size * sizeof(T) : 0);
         const Tensor<const T> dy{buffer ? buffer.get() : static_cast<const T*>(tensors.dy), p.batch, p.channels, out_rows,
                                  out_columns};
         const ChannelNorm norm(tensors.norm, p.channels);
@@ -380,10 +382,17 @@ static bool takes_images(const KeyConv2d& p, int threads) {
 }
 
 void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, int threads) {
+    if (tensors.norm && !tensors.out && p.channels % Vec::width == 0) {
+        // In place. Elsewhere a pixel's last store reaches over the first load of the next, which would wait for it.
+        KeyConv2dForward in_place = tensors;
+        in_place.out = tensors.normalized;
+        return key_conv2d(p, in_place, table, threads);
+    }
     if (!tensors.norm || takes_images(p, threads)) return convolve(p, tensors, table, threads);
     const Bands bands(p);
     const std::unique_ptr<float[]> buffer(tensors.out ? nullptr : new float[p.batch * bands.size]);
     float* const out = buffer ? buffer.get() : static_cast<float*>(tensors.out);
+    expect_to_fill(buffer.get(), buffer ? p.batch * bands.size * sizeof(float) : 0);
     convolve(p, KeyConv2dForward{tensors.x, tensors.bias, out}, table, threads);
     parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
         const ChannelNorm norm(tensors.norm, p.channels);
@@ -394,10 +403,12 @@ void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
 }
 
 void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, int threads) {
-    if (!tensors.norm || takes_images(p, threads)) return convolve(p, tensors, table, threads);
+    const bool stops = !tensors.dx && !tensors.d_scale && !tensors.d_shift && !tensors.d_bias;  // at the norm
+    if (!tensors.norm || (takes_images(p, threads) && !stops)) return convolve(p, tensors, table, threads);
     const Bands bands(p);
     const NormSums sums(p, bands, tensors.norm);
     const std::unique_ptr<float[]> dy(new float[p.batch * bands.size]);
+    expect_to_fill(dy.get(), p.batch * bands.size * sizeof(float));
     const float* const given = static_cast<const float*>(tensors.dy);
     parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
         const ChannelNorm norm(tensors.norm, p.channels);
@@ -407,6 +418,7 @@ void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, c
         });
     });
     sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
+    if (stops) return;
     convolve(p, KeyConv2dBackward{dy.get(), tensors.x, tensors.dx, tensors.d_scale, tensors.d_shift, tensors.d_bias}, table,
              threads);
 }

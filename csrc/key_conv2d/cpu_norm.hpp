@@ -77,9 +77,13 @@ private:
         Vec mean, scale;
 
         MKF_ALWAYS_INLINE Moments(const ChannelNorm& of, const float* x) : of(of) {
+            // From one of them on, as a mean of equal ones must not be off by a rounding error: eps is as small.
+            const Vec one = broadcast(*x);
             Vec values = zero(), squares = zero();
-            of.each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE { values = values + load(x + c, lanes); });
-            mean = broadcast(sum(values) * of.share);
+            of.each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
+                values = values + of.only_inside(load(x + c, lanes) - one, lanes);
+            });
+            mean = one + broadcast(sum(values) * of.share);
             of.each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
                 const Vec deviation = of.only_inside(load(x + c, lanes) - mean, lanes);
                 squares = fma(deviation, deviation, squares);
@@ -148,12 +152,12 @@ public:
 
     // Either may be null.
     void store_to(float* weight, float* bias) const {
-        for (float* const to : {weight, bias}) {
-            for (std::int64_t c = 0; to && c < channels; ++c) {
-                double sum = 0;
-                for (std::int64_t band = 0; band < count; ++band) sum += of(band)[c + (to == bias ? channels : 0)];
-                to[c] = static_cast<float>(sum);
-            }
+        const std::unique_ptr<double[]> total(new double[2 * channels]());
+        for (std::int64_t band = 0; band < count; ++band)
+            for (std::int64_t c = 0; c < 2 * channels; ++c) total[c] += of(band)[c];
+        for (std::int64_t c = 0; c < channels; ++c) {
+            if (weight) weight[c] = static_cast<float>(total[c]);
+            if (bias) bias[c] = static_cast<float>(total[channels + c]);
         }
     }
 

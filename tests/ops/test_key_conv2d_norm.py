@@ -120,10 +120,21 @@ def test_any_size_and_any_gradients(data):
     Problem(shape, k, stride, bias=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))).check(wanted)
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 8, 9), (1, 48, 40, 60)])  # the second by two threads
 @pytest.mark.parametrize("wanted", [["bias"], ["shift", "bias"], ["weight"], ["norm_bias"], ["x"]])
-def test_some_gradients(wanted, passes):
-    Problem((2, 24, 8, 9)).check(wanted)
+def test_some_gradients(wanted, shape, passes):
+    torch.set_num_threads(2)
+    Problem(shape).check(wanted)
     assert extension.missing() or "gradients_norm" in passes
+
+
+def test_gradients_of_many_pixels():
+    problem = Problem((4, 16, 200, 200), k=3)
+    leaves = problem.leaves(["weight", "norm_bias"])
+    out = problem.ours()
+    gradients = torch.autograd.grad(out, leaves, problem.dy(out).contiguous(memory_format=torch.channels_last))
+    for got, right in zip(gradients, problem.reference(torch.float64, ["weight", "norm_bias"])[1:], strict=True):
+        assert (got - right).norm() <= 1e-6 * right.norm()
 
 
 @pytest.mark.parametrize("options", [{"eps": 0.1}, {"offset": 1e4}, {"stride": 2}, {"k": 3}])
@@ -131,11 +142,15 @@ def test_large_offsets_and_other_options(options):
     Problem((2, 32, 10, 9), **options).check()
 
 
-def test_pixels_that_are_constant_or_not_finite():
-    problem = Problem((2, 20, 20, 9))
-    problem.scale.zero_(), problem.shift.zero_(), problem.bias.fill_(3.0)
-    problem.ours()
-    torch.testing.assert_close(problem.ours(), problem.norm_bias[:, None, None].expand(2, 20, 20, 9), rtol=0, atol=1e-3)
+@pytest.mark.parametrize("channels", [17, 20, 96, 768])
+@pytest.mark.parametrize("value", [3.0, -1000.1, 10000.3])
+def test_pixels_that_are_constant(channels, value):
+    problem = Problem((2, channels, 3, 5))
+    problem.scale.zero_(), problem.shift.zero_(), problem.bias.fill_(value)
+    assert torch.equal(problem.ours(), problem.norm_bias[:, None, None].expand(2, channels, 3, 5))
+
+
+def test_pixels_that_are_not_finite():
     other = Problem((2, 20, 20, 9))
     other.x[1, 3, 0, 0] = float("nan")
     other.ours()
@@ -149,7 +164,9 @@ def test_pixels_that_are_constant_or_not_finite():
     [
         lambda p: setattr(p, "x", p.x.contiguous()),
         lambda p: setattr(p, "x", p.x[:0]),
-        lambda p: setattr(p, "weight", p.weight[::2].repeat_interleave(2)[:32].double().float()[::1]),
+        lambda p: setattr(p, "weight", noise(64, seed=8)[::2]),
+        lambda p: setattr(p, "norm_bias", torch._neg_view(p.norm_bias)),
+        lambda p: p.__init__((2, 8, 6, 7)),
         lambda p: p.options.update(padding=2),
         lambda p: p.keys.requires_grad_(),
     ],
@@ -171,6 +188,8 @@ def test_autocast_and_other_dtypes_are_torchs():
         )
         expected = F.layer_norm(y.movedim(1, -1), (32,), problem.weight, problem.norm_bias, problem.eps)
         assert torch.equal(problem.ours().movedim(1, -1), expected)
+    wide, problem.x = problem.ours(), problem.x.bfloat16()
+    torch.testing.assert_close(problem.ours().float(), wide, rtol=0.1, atol=0.1)
     problem.weight = problem.weight[:16]
     with pytest.raises(RuntimeError, match="32"):
         problem.ours()
@@ -234,6 +253,16 @@ def test_saved_tensors_may_be_stored_elsewhere():
     expected = torch.autograd.grad(problem.ours(), leaves, problem.dy(out))
     for a, b in zip(torch.autograd.grad(out, leaves, problem.dy(out)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    # In another order; scale and shift lie where they lay.
+    stores = (
+        lambda t: t.contiguous() if t.ndim == 4 else t,
+        lambda t: torch.stack([t, t], 1)[:, 0] if t is problem.weight else t,
+    )
+    for store in stores:
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda t: t):
+            out = problem.ours()
+        for a, b in zip(torch.autograd.grad(out, leaves, problem.dy(out)), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_compile_and_export_see_both_operations():
