@@ -115,6 +115,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const Tensor<const T> x{static_cast<const T*>(tensors.x), p.batch, p.channels, static_cast<int>(p.height),
                             static_cast<int>(p.width)};
     const Tasks<G> tasks(p, out_rows, vectors, threads);
+    // With a norm a thread has whole images, and normalises each when it has convolved it.
     const Bands bands(p);
     const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
     parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
@@ -241,6 +242,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const Tensor<T> dx{static_cast<T*>(tensors.dx), p.batch, p.channels, rows, columns};
     const int out_rows = static_cast<int>(p.out_height()), out_columns = static_cast<int>(p.out_width());
     const Tasks<G> tasks(p, rows, vectors, threads);
+    // With a norm a thread has whole images too, and begins each with the way back through the norm.
     const Bands bands(p);
     const NormSums norm_sums(p, bands, tensors.norm);
     const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
@@ -304,7 +306,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (tensors.dx) writing.written();
         }
     });
-    norm_sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
+    if (tensors.norm) norm_sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
     if (!sums_up) return;
     struct Sums {
         double scale[Vec::width], shift[Vec::width], bias[Vec::width];
