@@ -81,10 +81,10 @@ def variants(
                 conv = layer.to_conv2d()
                 conv.weight.requires_grad_(False)
                 peer.set_submodule(name, conv if peer is frozen else make(conv))
-    apart = deepcopy(with_keys)
-    part_norms(apart)
-    fuses = any(layer.norm_fused for layer in conversion_report(with_keys).layers)
-    own = {MKF: with_keys, APART: apart} if fuses else {MKF: with_keys}
+    own = {MKF: with_keys}
+    if any(layer.norm_fused for layer in conversion_report(with_keys).layers):
+        own[APART] = deepcopy(with_keys)
+        part_norms(own[APART])
     return {**own, FROZEN: frozen, BIAS_ADDED: added, NONE: none, FREE: model}
 
 

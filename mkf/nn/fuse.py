@@ -69,13 +69,10 @@ def _path(thing: Any) -> str:
 
 def _can_fuse(conv: KeyConv2d, norm: nn.Module) -> bool:
     return (
-        conv.norm is None
-        and conv.scale.is_cpu
+        conv.scale.is_cpu
         and _path(type(norm)) in NORMS
         and isinstance(norm, nn.LayerNorm)
-        and norm.normalized_shape == (conv.out_channels,)
-        and norm.weight is not None
-        and norm.bias is not None
+        and conv.why_not_norm(norm) is None
         and "forward" not in vars(norm)
         and not getattr(norm, "_fast_norm", False)  # timm's, which autocast does not make float32
         and not any(value for name, value in vars(norm).items() if name.endswith("_hooks"))

@@ -324,15 +324,22 @@ class KeyConv2d(nn.Module):
         """
         if not isinstance(norm, nn.LayerNorm):
             raise TypeError(f"fuse_norm takes an nn.LayerNorm, not a {type(norm).__name__}")
-        if self.norm is not None or isinstance(norm, FusedLayerNorm):
-            raise ValueError("the layer or the norm is fused already: part_norm() undoes it")
-        if is_parametrized(norm):
-            raise ValueError("the norm is parametrised: remove that first")
-        if norm.normalized_shape != (self.out_channels,) or norm.weight is None or norm.bias is None:
-            raise ValueError(f"only a LayerNorm of {self.out_channels} channels with weight and bias, not {norm}")
+        reason = self.why_not_norm(norm)
+        if reason is not None:
+            raise ValueError(reason)
         vars(norm).update(class_before=type(norm), computed=False)
         norm.__class__ = FusedLayerNorm
         vars(self)["norm"] = norm  # not as a submodule: it is one of the block that holds both
+
+    def why_not_norm(self, norm: nn.LayerNorm) -> str | None:
+        """Why `fuse_norm` would refuse a LayerNorm, or None."""
+        if self.norm is not None or isinstance(norm, FusedLayerNorm):
+            return "the layer or the norm is fused already: part_norm() undoes it"
+        if is_parametrized(norm):
+            return "the norm is parametrised: remove that first"
+        if norm.normalized_shape != (self.out_channels,) or norm.weight is None or norm.bias is None:
+            return f"only a LayerNorm of {self.out_channels} channels with weight and bias, not {norm}"
+        return None
 
     def part_norm(self) -> None:
         """Undo `fuse_norm`, if there was one.

@@ -89,5 +89,4 @@ def _is_for_the_kernel(x: Any, keys: Any) -> bool:
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
         and not getattr(keys, "requires_grad", False)
-        and not torch.onnx.is_in_onnx_export()
     )
