@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -70,6 +71,8 @@ def take_turns(
 ) -> Result:
     """Time every candidate once a round, for `rounds` rounds, after two calls each to warm up.
 
+    Each round has an order of its own, always the same ones: what one leaves in caches and memory, the next one finds.
+
     Args:
         candidates: Functions without arguments, by name.
         baseline: The one whose time the ratios divide by.
@@ -83,9 +86,10 @@ def take_turns(
         run()
         calls[name] = max(1, round(seconds_a_turn / _timed(run, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    orders = random.Random(0)
     for _ in range(rounds):
-        for name, run in candidates.items():
-            seconds[name].append(_timed(run, calls[name]))
+        for name in orders.sample(list(candidates), len(candidates)):
+            seconds[name].append(_timed(candidates[name], calls[name]))
     rows = []
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds[baseline], strict=True))

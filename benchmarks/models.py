@@ -5,13 +5,16 @@ No depthwise layer can make a network faster than the same network without any, 
     share removed = (time of a peer - time with keys) / (time of that peer - time without depthwise layers).
 
 What follows the depthwise layers and is computed along with them (`mkf.nn.fuse_norms`) saves time that was not theirs:
-the share without that is told too. Both differences are small beside a step, and where the C library asks for memory
-anew, steps of one network differ by as much. So the process keeps its memory (`measure.keep_memory`), each difference
-is the median over the turns, more rounds help, and the share comes with its spread.
+the share without that is told too. Both differences are small beside a step, and equal networks differ by as much, for
+where their memory happens to lie. So all variants share the parameters, gradients, buffers and optimizer of what is not
+a depthwise layer, the process keeps its memory (`measure.keep_memory`), each difference is the median over the turns,
+more rounds help, and the share comes with its spread.
 """
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -72,9 +75,12 @@ class Subsample(nn.Module):
 def variants(
     model: nn.Module, keys: KeySet, order: str = "blocks", train: Iterable[str] = TRAIN
 ) -> dict[str, nn.Module]:
-    """A network with keys, of which `train` trains, and beside it the same with its peers, all with keys' filters."""
-    with_keys = convert(deepcopy(model), keys, assign="uniform", order=order, train=train)  # type: ignore[arg-type]
-    frozen, added, none = (deepcopy(model) for _ in range(3))
+    """A network with keys, of which `train` trains, and beside it the same with its peers, all with keys' filters.
+
+    What is not a depthwise layer has the parameters and buffers of `model`, not copies.
+    """
+    with_keys = convert(_sharing(model), keys, assign="uniform", order=order, train=train)  # type: ignore[arg-type]
+    frozen, added, none = (_sharing(model) for _ in range(3))
     for name, layer in list(with_keys.named_modules()):
         if hasattr(layer, "to_conv2d"):
             for peer, make in ((frozen, nn.Identity), (added, BiasAdded), (none, Subsample)):
@@ -83,9 +89,14 @@ def variants(
                 peer.set_submodule(name, conv if peer is frozen else make(conv))
     own = {MKF: with_keys}
     if any(layer.norm_fused for layer in conversion_report(with_keys).layers):
-        own[APART] = deepcopy(with_keys)
+        own[APART] = _sharing(with_keys)
         part_norms(own[APART])
     return {**own, FROZEN: frozen, BIAS_ADDED: added, NONE: none, FREE: model}
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the modules, but not of their parameters and buffers."""
+    return deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def run(
@@ -121,14 +132,17 @@ def run(
     baseline = f"{NONE}, channels-last"
     wanted = None if names is None else (baseline, *names)
     found: dict[str, Callable[[], object]] = {}
-    for variant, made in variants(model, keys, order, train).items():
-        for layout, memory_format in LAYOUTS.items():
-            if wanted is None or f"{variant}, {layout}".startswith(wanted):
-                network = deepcopy(made).to(memory_format=memory_format)
-                x = images.contiguous(memory_format=memory_format)
-                found[f"{variant}, {layout}"] = _step(network, x, labels, mode)
+    for layout, memory_format in LAYOUTS.items():
+        made = variants(deepcopy(model).to(memory_format=memory_format), keys, order, train)
+        networks = {f"{variant}, {layout}": network for variant, network in made.items()}
+        if wanted is not None:
+            networks = {name: network for name, network in networks.items() if name.startswith(wanted)}
+        for network in networks.values():
+            network.to(memory_format=memory_format)
+        found |= _steps(networks, images.contiguous(memory_format=memory_format), labels, mode)
     if wanted is not None and not any(candidate.startswith(wanted[1:]) for candidate in found):
         raise ValueError(f"no variant's name starts with {' or '.join(wanted[1:])}; there are {', '.join(VARIANTS)}")
+    found = dict(sorted(found.items(), key=lambda item: VARIANTS.index(item[0].rpartition(", ")[0])))
     keep_memory()
     for _ in range(WARM_UP):
         for step in found.values():
@@ -178,23 +192,29 @@ def times_as_long(result: Result) -> dict[str, float]:
     return {variant: result.times_faster(none, fastest(result, variant)) for variant in made}
 
 
-def _step(network: nn.Module, images: Tensor, labels: Tensor, mode: Mode) -> Callable[[], object]:
+def _steps(
+    networks: dict[str, nn.Module], images: Tensor, labels: Tensor, mode: Mode
+) -> dict[str, Callable[[], object]]:
+    """A step of each of some networks that share parameters."""
+    if not networks:
+        return {}
+    for network in networks.values():
+        network.train(mode == "training")
     if mode == "inference":
-        network.eval()
 
-        def infer() -> object:
+        def infer(network: nn.Module) -> object:
             with torch.inference_mode():
                 return network(images)
 
-        return infer
-    network.train()
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        return {name: partial(infer, network) for name, network in networks.items()}
+    trained = dict.fromkeys(p for network in networks.values() for p in network.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # passes over what a network does not have
 
-    def step() -> object:
+    def step(network: nn.Module) -> object:
         optimizer.zero_grad()
         loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         optimizer.step()
         return loss
 
-    return step
+    return {name: partial(step, network) for name, network in networks.items()}

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import timm
+import torch
 from typer.testing import CliRunner
 
 import mkf
@@ -117,6 +119,29 @@ def test_bench_model_writes_table_results_and_figure(tmp_path, monkeypatch):
     shares = {label: list(of) for label, of in written["derived"].items()}
     assert shares == {label: ["nn.Conv2d, weights frozen"] for label in models.SHARES.values()}
     assert "nn.Conv2d, weights frozen" in figure.read_text()
+
+
+def test_variants_differ_in_their_depthwise_layers_alone():
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=4, ls_init_value=1.0).eval()
+    made = models.variants(model, mkf.keys.analytic("B"), train=("bias",))
+    assert set(made) == set(models.VARIANTS)
+    parameters = {name: dict(network.named_parameters()) for name, network in made.items()}
+    rest = parameters[models.NONE]
+    assert rest
+    assert not any("conv_dw" in name for name in rest)
+    for own in parameters.values():
+        assert all(own[name] is parameter for name, parameter in rest.items())
+        assert all("conv_dw" in name for name in own if name not in rest)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for parameter in rest.values():
+            torch.nn.init.normal_(parameter, std=0.3)
+    outputs = {name: network(x) for name, network in made.items()}
+    for name in (models.APART, models.FROZEN, models.BIAS_ADDED):
+        torch.testing.assert_close(outputs[name], outputs[models.MKF], rtol=1e-4, atol=1e-5)
+    for name in (models.NONE, models.FREE):
+        assert (outputs[name] - outputs[models.MKF]).abs().max() > 1e-3
 
 
 def test_share_removed_is_of_the_difference_to_no_layer_each_in_its_fastest_layout():
