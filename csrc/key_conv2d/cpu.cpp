@@ -23,8 +23,8 @@ std::vector<std::int32_t> by_key(const KeyConv2d& p) {
 }
 
 void normalizes(const KeyConv2d& p) {
-    if (p.dtype != DType::float32 || !p.channels_last || p.channels < 16)
-        throw std::invalid_argument("key_conv2d: a norm needs float32, channels-last, at least 16 channels");
+    if (p.dtype != DType::float32 || !p.channels_last || p.channels < 16 || p.height * p.width <= most_small_pixels)
+        throw std::invalid_argument("key_conv2d: a norm needs float32, channels-last, at least 16 channels, 10 pixels");
 }
 
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
@@ -49,7 +49,9 @@ void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& t
 
 }  // namespace
 
-KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& problem) : problem(problem) {
+KeyConv2dCpu::KeyConv2dCpu(const KeyConv2d& given) : problem(given) {
+    // Of a single pixel both layouts are the same memory, and this one needs no transposition.
+    problem.channels_last = problem.channels_last || problem.height * problem.width == 1;
     const int factors = problem.most_terms * problem.k, taps = problem.k * problem.k;
     table.padded = (2 * problem.keys_count + 15) / 16 * 16;  // the widest vector
     table.count = problem.keys_count;

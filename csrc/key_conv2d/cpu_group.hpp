@@ -45,6 +45,12 @@ struct Group {
     const Vec* row(int term) const { return taps + (terms + term) * K; }
 };
 
+// Whether an image has so few pixels that SmallImage is quicker than a strip: every output must meet every input.
+template <int K>
+static bool is_small(const KeyConv2d& p) {
+    return p.stride == 1 && p.height <= K / 2 + 1 && p.width <= K / 2 + 1 && p.height * p.width <= most_small_pixels;
+}
+
 // With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
 constexpr bool mirrors_pay = Vec::width != 8;
 
@@ -70,7 +76,7 @@ static void fill(Group<K>& group, const KeyConv2d& p, const KeyTable& table, con
     const auto about = [&](int i) { return lookup(table.entry(i), table.count, own_key); };
     const Vec terms = about(table.terms);
     const unsigned tapped = bits(abs(about(table.tap)) > zero());
-    group.direct = bits(about(table.direct) > zero()) != 0;
+    group.direct = is_small<K>(p) || bits(about(table.direct) > zero()) != 0;
     group.terms = group.single_taps = 0;
     while (bits(terms > broadcast(static_cast<float>(group.terms))) != 0) ++group.terms;
 

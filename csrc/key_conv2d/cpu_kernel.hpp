@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu_norm.hpp"
+#include "cpu_small.hpp"
 #include "cpu_strip.hpp"
 
 namespace mkf::MKF_ISA {
@@ -13,7 +14,7 @@ struct Vectors {
 };
 
 struct Task {
-    std::int64_t image;
+    std::int64_t image, end;  // of the images; of large ones it is one
     int strip, group;
     int beside;  // how many tasks further the same vector goes on
 };
@@ -31,28 +32,38 @@ struct Tasks {
     static constexpr int most_at_once = 48 / Vec::width;
     int groups, strips, together, band;
     bool all_at_once;  // all channels take turns on a strip
-    std::int64_t count;
+    bool small;        // an image is not worth a strip, nor to be fetched ahead
+    int images;        // in a task; several where they are small
+    std::int64_t batch, count;
 
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
           together(!p.channels_last ? 1 : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width : groups),
           all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
-          count(p.batch * strips * groups) {
-        const std::int64_t images = std::max<std::int64_t>(p.batch, 1), bands = (threads + images - 1) / images;
+          small(is_small<G::k>(p)),
+          images(small ? 8 : 1),
+          batch(p.batch),
+          count((p.batch + images - 1) / images * strips * groups) {
+        const std::int64_t at_least = std::max<std::int64_t>(p.batch, 1), bands = (threads + at_least - 1) / at_least;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
     }
 
     int in_image() const { return strips * groups; }
 
     Task operator[](std::int64_t i) const {
+        if (small) {
+            const std::int64_t first = i / groups * images;
+            const int group = static_cast<int>(i % groups);
+            return {first, std::min(first + images, batch), 0, group, std::numeric_limits<int>::max()};
+        }
         const std::int64_t image = i / (strips * groups);
         const int in_image = static_cast<int>(i % (strips * groups));
         const int first_strip = in_image / (band * groups) * band, in_band = in_image - first_strip * groups;
         const int strips_here = std::min(band, strips - first_strip);
         const int first_group = in_band / (strips_here * together) * together;
         const int beside = std::min(together, groups - first_group), rest = in_band - first_group * strips_here;
-        return {image, first_strip + rest / beside, first_group + rest % beside, beside};
+        return {image, image + 1, first_strip + rest / beside, first_group + rest % beside, beside};
     }
 
     // Adds what `next`, a task further on, wants of a channels-last tensor and `task` has not had, to be fetched in `steps`. A
@@ -147,14 +158,17 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
-                const auto in = reading.template read<Pixel>(x, task.image, group.channels, S::first_input_row(row),
-                                                             S::end_of_input_rows(row));
-                const std::int64_t image = buffer ? 0 : task.image;
-                Store<Pixel> finish{writing.template write<Pixel>(out, image, group.channels, row, row + rows),
-                                    LastLanes(group.channels.skipped)};
-                S(in, group, row, rows, out_columns, ring).run(finish, ahead);
+                for (std::int64_t image = task.image; image < task.end; ++image) {
+                    const auto in = reading.template read<Pixel>(x, image, group.channels, S::first_input_row(row),
+                                                                 S::end_of_input_rows(row));
+                    Store<Pixel> finish{
+                        writing.template write<Pixel>(out, buffer ? 0 : image, group.channels, row, row + rows),
+                        LastLanes(group.channels.skipped)};
+                    if (tasks.small) SmallImage<G, Pixel>(in, group).run(finish);
+                    else S(in, group, row, rows, out_columns, ring).run(finish, ahead);
+                    writing.written();
+                }
             });
-            writing.written();
             if constexpr (std::is_same_v<T, float>) {
                 if (!tensors.norm || (i + 1) % cut != 0) continue;
                 const float* const from = out.data + (buffer ? 0 : task.image * bands.size);
@@ -289,21 +303,25 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
-                const std::int64_t image = buffer ? 0 : task.image;
-                const auto in = reading_dy.template read<Pixel>(dy, image, group.channels, S::first_input_row(row),
-                                                                S::end_of_input_rows(row));
                 Gradients<G, Pixel> finish{{}, {}, group, LastLanes(group.channels.skipped), tensors.d_scale != nullptr,
                                            tensors.d_bias != nullptr, {}, {}, {}};
-                if (needs_x) finish.x = reading_x.template read<Pixel>(x, task.image, group.channels, row, end);
-                if (tensors.dx) finish.dx = writing.template write<Pixel>(dx, task.image, group.channels, row, end);
-                S(in, group, row, end - row, columns, ring).run(finish, ahead);
+                for (std::int64_t image = task.image; image < task.end; ++image) {
+                    const auto in = reading_dy.template read<Pixel>(dy, buffer ? 0 : image, group.channels,
+                                                                    S::first_input_row(row), S::end_of_input_rows(row));
+                    if (needs_x) finish.x = reading_x.template read<Pixel>(x, image, group.channels, row, end);
+                    if (tensors.dx) finish.dx = writing.template write<Pixel>(dx, image, group.channels, row, end);
+                    if (tasks.small) SmallImage<G, Pixel>(in, group).run(finish);
+                    else S(in, group, row, end - row, columns, ring).run(finish, ahead);
+                    if (tensors.dx) writing.written();
+                }
                 if (!sums_up) return;
-                Partial& partial = partials[(task.image * tasks.strips + task.strip) * tasks.groups + task.group];
+                if (tasks.small) finish.end_of_block();
+                const std::int64_t place = task.image / tasks.images * tasks.strips + task.strip;
+                Partial& partial = partials[place * tasks.groups + task.group];
                 finish.d_scale.store_to(partial.scale);
                 finish.d_shift.store_to(partial.shift);
                 finish.d_bias.store_to(partial.bias);
             });
-            if (tensors.dx) writing.written();
         }
     });
     if (tensors.norm) norm_sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);

@@ -86,6 +86,11 @@ struct Plane {
     }
 };
 
+// A run of pixels of one row.
+struct Run {
+    int row, column, count;
+};
+
 // The rows that a task reads or writes, as a plane, with one object for each tensor and thread: here the tensor itself.
 template <class T>
 struct InPlace {

@@ -50,11 +50,6 @@ private:
     int count = 0, turn = 0, due = 0;
 };
 
-// A run of outputs of one row.
-struct Run {
-    int row, column, count;
-};
-
 // What the columns of a block of the input give: a plane for each term and one for the sums of the windows.
 template <class G>
 using Block = Vec[Group<G::k>::most_terms + 1][G::run][G::block];

@@ -33,8 +33,11 @@ struct KeyConv2d {
     std::int64_t out_width() const { return (width - 1) / stride + 1; }
 };
 
+// Images of no more pixels are not worth to be cut, and several are computed at once.
+constexpr int most_small_pixels = 9;
+
 // A LayerNorm over the channels of every pixel of the output (cpu_norm.hpp); float32, channels-last, with at least as many
-// channels as the widest vector has lanes.
+// channels as the widest vector has lanes, and of images that are not small.
 struct LayerNorm {
     const float *weight, *bias;  // (channels,)
     float eps;
@@ -80,7 +83,7 @@ struct KeyConv2dChannels {
 // `isa` a level that cpu_runs() accepts.
 class KeyConv2dCpu {
 public:
-    explicit KeyConv2dCpu(const KeyConv2d& problem);
+    explicit KeyConv2dCpu(const KeyConv2d& given);
     KeyConv2dCpu(const KeyConv2dCpu&) = delete;
     KeyConv2dCpu& operator=(const KeyConv2dCpu&) = delete;
 

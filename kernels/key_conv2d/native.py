@@ -11,6 +11,7 @@ from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
 NORM_CHANNELS = 16  # the widest vector, of which a pixel that is normalised must have one
+NORM_PIXELS = 10  # smaller images are computed several at once, and normalised afterwards
 
 
 def why_not(device: torch.device) -> str | None:
@@ -58,7 +59,8 @@ def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, 
         threads = min(extension.num_threads(), most_threads)
         differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
-    if x.dtype != torch.float32 or x.is_contiguous() or x.shape[1] < NORM_CHANNELS:
+    pixels = x.shape[2] * x.shape[3]
+    if x.dtype != torch.float32 or x.is_contiguous() or x.shape[1] < NORM_CHANNELS or pixels < NORM_PIXELS:
         return Bound(forward, backward)
 
     def forward_norm(

@@ -175,6 +175,19 @@ def test_kernel_sizes(backend, kind, k, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [3, 5, 7, 11])
+@pytest.mark.parametrize("dtype", ERROR)
+def test_small_images(backend, dtype, k, layout):
+    if rounds_filters(backend, dtype):
+        pytest.skip("it rounds the filters too")
+    for i, size in enumerate([(1, 1), (1, 2), (2, 2), (3, 1), (3, 3), (2, 4), (4, 4)]):
+        for batch in (1, 8, 17):
+            problem = Problem((batch, (40, 5)[i % 2], *size), some_keys("mixed", k), 1, dtype, layout, seed=i)
+            problem.check(backend)
+            problem.check(backend, ("dx", "d_shift") if i % 2 else ("d_scale", "d_bias"), bias=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["direct", "rank1", "mixed"])
 def test_bfloat16(backend, kind, layout):
     if rounds_filters(backend, torch.bfloat16):
@@ -277,7 +290,8 @@ def test_tiny_and_huge_values(backend, size, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["direct", "mixed"])
 def test_the_number_of_threads_does_not_show(backend, kind, layout):
-    for shape, dtype in (((3, 70, 40, 41), torch.float32), ((2, 48, 56, 57), torch.bfloat16)):
+    shapes = ((3, 70, 40, 41), torch.float32), ((2, 48, 56, 57), torch.bfloat16), ((300, 70, 2, 3), torch.float32)
+    for shape, dtype in shapes:
         problem = Problem(shape, some_keys(kind, 7), dtype=dtype, layout=layout)
         results = []
         for count in (1, 2, 3, 7):

@@ -117,7 +117,7 @@ def test_report_of_a_batch() -> None:
     text = str(report)
     assert name in text
     assert "5 of 5 depthwise layers" in text
-    assert "times as fast" in text
+    assert ("too busy" if expected is None else "times as fast") in text
 
 
 def test_a_batch_that_does_not_fit_leaves_the_model_as_it_was() -> None:

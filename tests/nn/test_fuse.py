@@ -18,7 +18,7 @@ from mkf.nn import conversion_report, fuse_norms, part_norms
 from mkf.nn.key_conv2d import FusedLayerNorm
 from mkf.ops.key_conv2d import compute
 
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
 
 
 def convnext(conv_mlp: bool = True) -> nn.Module:

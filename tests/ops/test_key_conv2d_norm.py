@@ -91,7 +91,7 @@ class Problem:
 @pytest.mark.parametrize("isa", extension.ISAS)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 16, 5, 4), (2, 17, 6, 7), (3, 40, 9, 8), (4, 96, 14, 14), (5, 23, 7, 7), (2, 31, 33, 35), (1, 48, 40, 60)],
+    [(1, 16, 2, 5), (2, 17, 6, 7), (3, 40, 9, 8), (4, 96, 14, 14), (5, 23, 7, 7), (2, 31, 33, 35), (1, 48, 40, 60)],
 )
 def test_one_pass_against_float64(shape, isa, passes, monkeypatch):
     if not extension.native().cpu_runs(getattr(extension.native().Isa, isa)):
@@ -107,6 +107,13 @@ def test_one_pass_against_float64(shape, isa, passes, monkeypatch):
     assert passes.count("gradients_norm") == 3
     with torch.no_grad():  # the convolution is not kept
         assert torch.equal(problem.ours(), first[0])
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 3)])
+def test_small_images_are_normalised_afterwards(size, passes):
+    Problem((20, 33, *size)).check()
+    assert "gradients_norm" not in passes
 
 
 @needs_kernel

@@ -35,9 +35,9 @@ def key_conv2d_layer_norm(
 
     with the mean and the (biased) variance of a pixel's channels: `torch.nn.functional.layer_norm` where the channels
     come last ("Layer Normalization", Ba, Kiros and Hinton, 2016). In one pass, forward and backward, an image is
-    normalised while the caches hold it: on the CPU, for float32 in channels-last memory with 16 channels or more, with
-    the C++ extension and keys that do not train, outside of autocast and torch.compile. Everywhere else it is those two
-    operations, one after the other. The two differ by rounding.
+    normalised while the caches hold it: on the CPU, for float32 in channels-last memory with 16 channels and ten pixels
+    or more, with the C++ extension and keys that do not train, outside of autocast and torch.compile. Everywhere else
+    it is those two operations, one after the other. The two differ by rounding.
 
     Args:
         x: As for `key_conv2d`, as the next five.
