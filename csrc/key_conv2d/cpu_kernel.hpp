@@ -14,7 +14,7 @@ struct Vectors {
 };
 
 struct Task {
-    std::int64_t image, end;  // of the images; of large ones it is one
+    std::int64_t image, end;  // the first and the end of its images
     int strip, group;
     int beside;  // how many tasks further the same vector goes on
 };
@@ -33,7 +33,7 @@ struct Tasks {
     int groups, strips, together, band;
     bool all_at_once;  // all channels take turns on a strip
     bool small;        // an image is not worth a strip, nor to be fetched ahead
-    int images;        // in a task; several where they are small
+    int images;        // in a task; more would be more streams of memory than the processor foresees
     std::int64_t batch, count;
 
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
@@ -42,7 +42,7 @@ struct Tasks {
           together(!p.channels_last ? 1 : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width : groups),
           all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
           small(is_small<G::k>(p)),
-          images(small ? 8 : 1),
+          images(small ? std::max(1, 8 / static_cast<int>(p.height * p.width)) : 1),
           batch(p.batch),
           count((p.batch + images - 1) / images * strips * groups) {
         const std::int64_t at_least = std::max<std::int64_t>(p.batch, 1), bands = (threads + at_least - 1) / at_least;

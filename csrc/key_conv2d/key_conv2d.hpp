@@ -33,7 +33,7 @@ struct KeyConv2d {
     std::int64_t out_width() const { return (width - 1) / stride + 1; }
 };
 
-// Images of no more pixels are not worth to be cut, and several are computed at once.
+// Images of no more pixels are not worth cutting, and tasks take several of the smallest.
 constexpr int most_small_pixels = 9;
 
 // A LayerNorm over the channels of every pixel of the output (cpu_norm.hpp); float32, channels-last, with at least as many

@@ -11,7 +11,7 @@ from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
 NORM_CHANNELS = 16  # the widest vector, of which a pixel that is normalised must have one
-NORM_PIXELS = 10  # smaller images are computed several at once, and normalised afterwards
+NORM_PIXELS = 10  # smaller images are convolved without strips; one pass would not be quicker
 
 
 def why_not(device: torch.device) -> str | None:
