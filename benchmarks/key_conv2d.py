@@ -86,16 +86,19 @@ def candidates(
         if implementation.why_not(x.device) is None and implementation.name != "reference":
             layers[f"{MKF} {implementation.name}"] = layer(case, channels, implementation.name).to(device)
     weight, bias = ours.weight.detach().to(dtype), ours.bias.detach().to(dtype)  # type: ignore[union-attr]
-    layers.update({name: make(weight, bias) for name, make in PEERS.items()})
-    inputs = dict.fromkeys(layers, x)
     if dtype != torch.float32:
-        layers[f"{MKF}, float32"], inputs[f"{MKF}, float32"] = layer(case, channels).to(device), x.float()
+        layers[f"{MKF}, float32"] = layer(case, channels).to(device)
 
     copy = torch.empty_like(x)
     found: dict[str, Callable[[], object]] = {COPY: lambda: copy.copy_(x)}
     for name, candidate in layers.items():
         for layout, memory_format in LAYOUTS.items():
-            found[f"{name}, {layout}"] = _step(candidate, inputs[name].contiguous(memory_format=memory_format), mode)
+            own = x.float() if name.endswith("float32") else x
+            found[f"{name}, {layout}"] = _step(candidate, own.contiguous(memory_format=memory_format), mode)
+    for name, make in PEERS.items():
+        for layout, memory_format in LAYOUTS.items():
+            peer = make(weight.to(memory_format=memory_format), bias)
+            found[f"{name}, {layout}"] = _step(peer, x.contiguous(memory_format=memory_format), mode)
     if names is not None:
         wanted = tuple(names)
         if not any(name.startswith(wanted) for name in found):

@@ -1,7 +1,7 @@
 """Peers of `mkf.key_conv2d`: what a user of PyTorch would write for a depthwise layer whose filters do not train.
 
 Each takes a weight (C, 1, k, k) and a bias (C,) and gives a function of x. The fastest layout and formulation differ by
-shape, so a claim names which of them it was made against.
+shape, so a claim names which of them it was made against. Of images of one pixel the weight's strides tell the layout.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,8 @@ def module(weight: Tensor, bias: Tensor, stride: int = 1) -> nn.Conv2d:
     channels, _, k, _ = weight.shape
     conv = nn.Conv2d(channels, channels, k, stride, k // 2, groups=channels)
     conv = conv.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)  # type: ignore[union-attr]
-    conv.weight.requires_grad_(False)
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.detach().clone())
     return conv
 
 
