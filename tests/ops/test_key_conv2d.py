@@ -441,3 +441,16 @@ class TestKeysInUse:
         problem.scale.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 16, 1, 1), (3, 1, 4, 5), (2, 1, 1, 1), (2, 16, 1, 5)])
+def test_strides_are_those_of_an_ordinary_convolution(shape, layout):
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    layer = mkf.KeyConv2d(shape[1], 7, mkf.keys.analytic("B"), padding=3)
+    conv = layer.to_conv2d()
+    out, expected = layer(x), conv(x)
+    assert out.stride() == expected.stride()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert dx.stride() == x.stride()

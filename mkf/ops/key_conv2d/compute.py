@@ -57,12 +57,16 @@ _empty_like = torch.empty_like  # looked up once: after a large layer the way to
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The layout that x has or is nearest to: contiguous or channels-last."""
+    """The layout that x has or is nearest to: contiguous or channels-last.
+
+    Of one pixel or one channel both are the same memory, and the strides tell which is meant, as for torch.
+    """
+    _, channel, row, column = x.stride()
     if x.is_contiguous():
-        return torch.contiguous_format
+        means_last = x.is_contiguous(memory_format=torch.channels_last) and channel * x.shape[1] <= column
+        return torch.channels_last if means_last else torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    _, channel, row, column = x.stride()
     return torch.channels_last if channel < row and channel < column else torch.contiguous_format
 
 
