@@ -218,13 +218,13 @@ def test_out_that_is_unfit(filters, keys, method):
         after = [x for x in out if isinstance(x, torch.Tensor) and not x.is_meta]
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
-    refused(ValueError, r"out.scale has shape \(10,\): this fit writes \(10, 2\)", scale=torch.empty(10))
-    refused(ValueError, r"out.index has shape \(9, 2\)", index=torch.empty(9, 2, dtype=torch.int32))
-    refused(TypeError, "out.index is torch.int64: make it torch.int32", index=torch.empty(10, 2, dtype=torch.int64))
-    refused(TypeError, "out.scale is torch.float64: make it torch.float32", scale=torch.empty(10, 2).double())
+    refused(ValueError, r"out.scale has shape \(10,\): this fit writes \(10, 2\)", scale=torch.zeros(10))
+    refused(ValueError, r"out.index has shape \(9, 2\)", index=torch.zeros(9, 2, dtype=torch.int32))
+    refused(TypeError, "out.index is torch.int64: make it torch.int32", index=torch.zeros(10, 2, dtype=torch.int64))
+    refused(TypeError, "out.scale is torch.float64: make it torch.float32", scale=torch.zeros(10, 2).double())
     refused(TypeError, "out.scale: expected a tensor or a numpy array, not list", scale=[1.0])
     refused(ValueError, "out.scale is not contiguous", scale=torch.zeros(2, 10).T)
-    refused(ValueError, "out.scale is on meta, but the filters are on cpu", scale=torch.empty(10, 2, device="meta"))
+    refused(ValueError, "out.scale is on meta, but the filters are on cpu", scale=torch.zeros(10, 2, device="meta"))
     frozen = np.zeros((10, 2), np.float32)
     frozen.flags.writeable = False
     refused(ValueError, "out.scale is read-only", scale=frozen)
