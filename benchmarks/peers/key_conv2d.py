@@ -17,7 +17,6 @@ def module(weight: Tensor, bias: Tensor, stride: int = 1) -> nn.Conv2d:
     """An `nn.Conv2d` with its weight frozen and its bias trained."""
     channels, _, k, _ = weight.shape
     conv = nn.Conv2d(channels, channels, k, stride, k // 2, groups=channels)
-    conv = conv.to(weight.device, weight.dtype)
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     conv.bias = nn.Parameter(bias.detach().clone())
     return conv
