@@ -198,16 +198,18 @@ PYBIND11_MODULE(_native, m) {
         .def(
             "bind",
             [](const std::shared_ptr<mkf::KeyConv2dCpu>& conv, std::uintptr_t index, std::uintptr_t scale,
-               std::uintptr_t shift) {
+               std::uintptr_t shift) -> py::tuple {
                 const py::capsule layer = mkf::hold(KeyConv2dLayer{
                     conv, {pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)}});
-                return py::make_tuple(mkf::BoundFunction<forward>::on(layer), mkf::BoundFunction<backward>::on(layer),
-                                      mkf::BoundFunction<forward_norm>::on(layer),
+                const auto convolve = mkf::BoundFunction<forward>::on(layer);
+                const auto differentiate = mkf::BoundFunction<backward>::on(layer);
+                if (!conv->normalizes()) return py::make_tuple(convolve, differentiate);
+                return py::make_tuple(convolve, differentiate, mkf::BoundFunction<forward_norm>::on(layer),
                                       mkf::BoundFunction<backward_norm>::on(layer));
             },
             py::arg("index"), py::arg("scale"), py::arg("shift"),
-            "The functions forward(threads, bias, x, out), backward(threads, dy, x, dx, d_scale, d_shift, d_bias), and with "
-            "a LayerNorm after it forward_norm(threads, bias, x, out, norm_weight, norm_bias, eps, normalized) and "
+            "The functions forward(threads, bias, x, out), backward(threads, dy, x, dx, d_scale, d_shift, d_bias), and, where "
+            "a LayerNorm can follow in one pass, forward_norm(threads, bias, x, out, norm_weight, norm_bias, eps, normalized) and "
             "backward_norm(threads, dy, out, norm_weight, eps, x, dx, d_scale, d_shift, d_bias, d_norm_weight, d_norm_bias) "
             "of a layer.");
 

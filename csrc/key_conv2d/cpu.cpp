@@ -22,11 +22,6 @@ std::vector<std::int32_t> by_key(const KeyConv2d& p) {
     return order;
 }
 
-void normalizes(const KeyConv2d& p) {
-    if (p.dtype != DType::float32 || !p.channels_last || p.channels < 16 || p.height * p.width <= most_small_pixels)
-        throw std::invalid_argument("key_conv2d: a norm needs float32, channels-last, at least 16 channels, 10 pixels");
-}
-
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
@@ -125,13 +120,19 @@ KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {
     return p;
 }
 
+bool KeyConv2dCpu::normalizes() const {
+    constexpr std::int64_t widest = 16;  // a pixel must have a whole vector
+    return problem.dtype == DType::float32 && problem.channels_last && problem.channels >= widest &&
+           problem.height * problem.width > most_small_pixels;
+}
+
 void KeyConv2dCpu::forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa,
                            int threads) const {
     KeyConv2d p = with(channels);
     const std::vector<std::int32_t> order = by_key(p);
     p.order = order.data();
     const std::int64_t bytes = p.batch * p.channels * p.out_height() * p.out_width() * size_of(p.dtype);
-    if (tensors.norm) normalizes(p), expect_to_fill(tensors.normalized, bytes);
+    if (tensors.norm) expect_to_fill(tensors.normalized, bytes);
     if (tensors.out) expect_to_fill(tensors.out, bytes);
     run(p, tensors, table, isa, threads);
 }
@@ -141,7 +142,6 @@ void KeyConv2dCpu::backward(const KeyConv2dChannels& channels, const KeyConv2dBa
     KeyConv2d p = with(channels);
     const std::vector<std::int32_t> order = by_key(p);
     p.order = order.data();
-    if (tensors.norm) normalizes(p);
     if (tensors.dx) expect_to_fill(tensors.dx, p.batch * p.channels * p.height * p.width * size_of(p.dtype));
     run(p, tensors, table, isa, threads);
 }

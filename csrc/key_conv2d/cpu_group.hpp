@@ -35,9 +35,10 @@ struct Group {
     Vec taps[K * K];   // direct: row by row; else the columns of all terms and then their rows
     SingleTap single[most_single_taps];
 
-    // Makes it compute nothing.
-    void clear() {
-        direct = has_box = false;
+    // Leaves of it the sum of the window, if even that.
+    void keep_only_sum(bool need_sum) {
+        direct = false;
+        has_box = need_sum;
         terms = single_taps = 0;
     }
 

@@ -260,7 +260,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const Bands bands(p);
     const NormSums norm_sums(p, bands, tensors.norm);
     const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
-    const bool needs_x = tensors.d_scale || tensors.d_shift, convolves = needs_x || tensors.dx;
+    const bool needs_x = tensors.d_scale || tensors.d_shift;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
     parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
@@ -275,7 +275,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         for (int i = 0; i < tasks.groups; ++i) {
             fill(groups[i], p, table, nullptr, Channels(p, View::arrangement, vectors.first + i),
                  tensors.d_scale ? Weights::key : Weights::whole, true, tensors.d_shift != nullptr);
-            if (!convolves) groups[i].clear();
+            if (!tensors.dx && !tensors.d_scale) groups[i].keep_only_sum(tensors.d_shift != nullptr);
         }
         alignas(64) Ring<G> ring;
         View reading_dy, reading_x, writing;

@@ -6,8 +6,8 @@
 
 namespace mkf::MKF_ISA {
 
-// One vector of channels of one image, with a group that `is_small` has made direct; `finish` is as for a strip, but is not told
-// of the end of a block.
+// One vector of channels of one image, with a group that `is_small` has made direct, if it convolves at all; `finish` is as for
+// a strip, but is not told of the end of a block.
 template <class G, class T>
 class SmallImage {
 public:
@@ -15,7 +15,7 @@ public:
 
     template <class Finish>
     MKF_NEVER_INLINE void run(Finish& finish) {
-        const int rows = in.rows, columns = in.columns;
+        const int rows = in.rows, columns = in.columns, met = group.direct ? rows : 0;
         Vec windows[G::run];
         if (group.has_box || finish.wants_columns()) {
             Vec all = zero();
@@ -27,7 +27,7 @@ public:
         for (int r = 0; r < rows; ++r) {
             Vec sums[G::run];
             unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = group.start; });
-            for (int i = 0; i < rows; ++i) {
+            for (int i = 0; i < met; ++i) {
                 const Vec* const row = group.taps + (i - r + G::pad) * G::k + G::pad;
                 for (int c = 0; c < columns; ++c) {
                     const Vec x = load(in.at(i, c));

@@ -87,6 +87,8 @@ public:
     KeyConv2dCpu(const KeyConv2dCpu&) = delete;
     KeyConv2dCpu& operator=(const KeyConv2dCpu&) = delete;
 
+    // Whether it can also do a LayerNorm. Images without strips are left out: one pass would not be quicker.
+    bool normalizes() const;
     void forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa, int threads) const;
     void backward(const KeyConv2dChannels& channels, const KeyConv2dBackward& tensors, Isa isa, int threads) const;
 

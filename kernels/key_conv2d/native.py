@@ -10,8 +10,6 @@ from mkf.kernels import extension
 from mkf.kernels.key_conv2d import Bound, KeyPlan, Pair
 
 PER_THREAD = 1 << 14  # outputs below which another thread costs more than it brings
-NORM_CHANNELS = 16  # the widest vector, of which a pixel that is normalised must have one
-NORM_PIXELS = 10  # smaller images are convolved without strips; one pass would not be quicker
 
 
 def why_not(device: torch.device) -> str | None:
@@ -47,8 +45,7 @@ def _prepared(plan: KeyPlan, dtype: torch.dtype, channels_last: bool, size: torc
 def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, stride: Pair, *_: Pair) -> Bound:
     """See `mkf.kernels.key_conv2d`. Uses as many threads as torch does, or one if x is small or the process forked."""
     prepared = _prepared(plan, x.dtype, not x.is_contiguous(), x.shape, stride[0])
-    bound = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
-    convolve, differentiate, convolve_norm, differentiate_norm = bound
+    convolve, differentiate, *with_norm = prepared.bind(index.data_ptr(), scale.data_ptr(), shift.data_ptr())
     most_threads = max(1, x.numel() // PER_THREAD)
 
     def forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -59,9 +56,9 @@ def bind(x: Tensor, plan: KeyPlan, index: Tensor, scale: Tensor, shift: Tensor, 
         threads = min(extension.num_threads(), most_threads)
         differentiate(threads, *[0 if t is None else t.data_ptr() for t in tensors])
 
-    pixels = x.shape[2] * x.shape[3]
-    if x.dtype != torch.float32 or x.is_contiguous() or x.shape[1] < NORM_CHANNELS or pixels < NORM_PIXELS:
+    if not with_norm:
         return Bound(forward, backward)
+    convolve_norm, differentiate_norm = with_norm
 
     def forward_norm(
         x: Tensor, bias: Tensor | None, out: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float, norm: Tensor
