@@ -24,6 +24,13 @@ def stdout() -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
+def stderr() -> Console:
+    """The same on standard error, for notes and progress bars."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print a table uncut: as wide as the console, or wider where words, and columns that do not wrap, need that."""
     from rich.measure import measure_renderables

@@ -18,7 +18,7 @@ METAVAR = "NAME|FILE|BANK"  # narrow: a table of options at 80 columns cuts long
 WORDS = "timm's name of a model, a checkpoint file, or a saved bank (embedded: the one that comes with mkf)"
 HELP = f"Where the filters come from, any number and mix: {WORDS}."
 KEYS = "KEYS"
-KEYS_HELP = "The keys: paper8, analytic:B (or A, C1, C2, D1, D2; analytic:B:3 for 3x3), or a key file."
+KEYS_HELP = "The keys: paper8, analytic:B (or A, C1, C2, D1, D2; with :3 after it for 3x3), or a key file."
 
 
 def bars(stderr: Console) -> Progress:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import print_table, stdout
+from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
 
@@ -36,15 +36,13 @@ def command(
     - anything that does not look like a path: a model of timm.
     """
     with user_errors():
-        from rich.console import Console
-
         from mkf.analysis import analyze, report
         from mkf.keys import parse
 
         if out is not None:
             _outputs.folder(out, "--out")
         key_set = parse(keys)
-        with _sources.bars(Console(stderr=True)) as progress:
+        with _sources.bars(stderr()) as progress:
             bank = _sources.read(sources, pretrained, key_set.kernel_size, progress)
             fitting = progress.add_task("fitting filters", total=None)
             analysis = analyze(

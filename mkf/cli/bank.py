@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import print_table, stdout
+from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
 app = typer.Typer(help="Build filter banks and look at them.", no_args_is_help=True)
@@ -34,11 +34,9 @@ def build(
 
     `paper54` adds to the bank at --out what it does not hold yet, so that it can be run again.
     """
-    from rich.console import Console
-
     from mkf.bank.storage import refuse_other_things, settle
 
-    console = Console(stderr=True)
+    console = stderr()
     with user_errors():
         folder = settle(out)  # what is wrong with it is told now, and not after all the work
         refuse_other_things(folder)
@@ -87,9 +85,9 @@ def _build_paper54(sources: list[str], out: Path, pretrained: bool, files: Path 
             out, files, lambda entry: bar.update(task, description=entry.name, completed=next(done), refresh=True)
         )
     for name, reason in result.missing.items():
-        console.print(f"missing: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"missing: {name}: {reason}", style="yellow", soft_wrap=True)
     built = len(paper54.ENTRIES) - len(result.missing)
-    console.print(f"{built} of the list's {len(paper54.ENTRIES)} checkpoints are in the bank.", highlight=False)
+    console.print(f"{built} of the list's {len(paper54.ENTRIES)} checkpoints are in the bank.")
 
 
 def _print_models(folder: Path) -> None:

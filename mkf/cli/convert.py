@@ -105,7 +105,10 @@ def command(
                 small, told = with_shared_keys(stored_state_dict(trained)), told | metadata(trained)
             else:
                 _warn_of_stem(state, fits)
-            state = expand(small)
+            ordinary = expand(small)
+            if config is None:  # else the training has made all of it float32
+                ordinary = {name: tensor.to(state[name].dtype) for name, tensor in ordinary.items()}
+            state = ordinary
         written = small if compact else state
         write(out, written, told | {"format": "pt"})
         filters = [state[name] for name in state if f"{name.removesuffix('.weight')}.index" in small]

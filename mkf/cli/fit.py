@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import print_table, stdout
+from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def command(
     fitted.
     """
     with user_errors():
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         from mkf.bank.fit import write_fit
@@ -59,12 +58,12 @@ def command(
 
         _outputs.named(out, "--out", ".parquet")
         _outputs.folder(out.expanduser().parent, "--out")
-        stderr = Console(stderr=True)
+        err = stderr()
         bound = _bytes(memory)
         key_set = parse(keys)
         filters = _of_size(_open(source, pretrained), key_set.kernel_size, source)
         columns = TextColumn("fitting"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
-        with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task("fitting", total=None, speed="")
             start = time.perf_counter()
 

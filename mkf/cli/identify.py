@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import print_table, stdout
+from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def command(
     """
     with user_errors():
         import pyarrow as pa
-        from rich.console import Console
 
         from mkf.analysis import identify
         from mkf.keys import KeySet
@@ -61,11 +60,11 @@ def command(
         if out is not None:
             _outputs.file(out, "--out")
             _outputs.not_an_input(out, "--out", *sources)
-        console, stderr = stdout(), Console(stderr=True)
+        console, err = stdout(), stderr()
         rows: list[pa.Table] = []
         for source in dict.fromkeys(sources):
             tables: list[Table] = []  # printed once the bars are gone, which stand on the same terminal
-            with _sources.bars(stderr) as progress:
+            with _sources.bars(err) as progress:
                 task = progress.add_task(f"reading {source}", total=None)
 
                 def show(done: int, total: int, progress: Progress = progress, task: TaskID = task) -> None:

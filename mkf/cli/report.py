@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import stdout
+from mkf.cli._console import stderr, stdout
 from mkf.cli._errors import user_errors
 
 
@@ -42,8 +42,6 @@ def command(
     The page is a single file that loads nothing, for any browser. Sources are those of `mkf analyze`.
     """
     with user_errors():
-        from rich.console import Console
-
         from mkf._files import replacing
         from mkf.analysis import analyze, identify, natural_keys, page, reconstruct, report
         from mkf.analysis.natural import default_image
@@ -70,7 +68,7 @@ def command(
         if picture is not None:
             eigenvectors = natural_keys(picture, k)
             natural = eigenvectors, reconstruct(picture, eigenvectors.keys, max(3, k - 2))
-        with _sources.bars(Console(stderr=True)) as progress:
+        with _sources.bars(stderr()) as progress:
             bank = _sources.read(sources, pretrained, k, progress)
             layers = len(bank.select(k=k).layers())
             fitting = progress.add_task("fitting filters", total=None)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import stdout
+from mkf.cli._console import stderr, stdout
 from mkf.cli._errors import user_errors
 
 app = typer.Typer(help="Make tables and figures of papers and documentation anew.", no_args_is_help=True)
@@ -99,8 +99,7 @@ def search_by_accuracy(
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
 
-    with _sources.bars(Console(stderr=True)) as progress:
+    with _sources.bars(stderr()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
-from mkf.cli._console import print_table, stdout
+from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def command(
     Untrained models of a bank (named ...-untrained) take no part.
     """
     with user_errors():
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         from mkf.search import autoencoder, eliminate, two_rounds
@@ -117,9 +116,9 @@ def command(
         elif (method == "autoencoder" or objective) and not 1 <= keys <= candidates:
             raise ValueError(f"--keys {keys}: there are {candidates} --candidates, so ask for 1 to {candidates} keys")
         bank = _sources.trained(sources, size, pretrained)
-        console, stderr = stdout(), Console(stderr=True)
+        console, err = stdout(), stderr()
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
         def task(name: str) -> Callable[[int, int], None]:
             added = bar.add_task(name, total=None)

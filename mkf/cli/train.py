@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mkf.cli import _outputs, _sources
+from mkf.cli._console import stderr
 from mkf.cli._errors import user_errors
 from mkf.train import TrainConfig
 
@@ -58,14 +59,12 @@ def command(
     """Train a classifier; save its weights, the untrained weights of the same seed, and the history."""
     options = dict(locals())
     with user_errors():
-        from rich.console import Console
-
         from mkf.train import EpochRecord, train
 
         options |= {"data": str(data), "out": str(out), "model_kwargs": _parse_kwargs(model_kwargs or [])}
         config = TrainConfig(**options)
         _outputs.folder(out, "--out")
-        with _sources.bars(Console(stderr=True)) as progress:
+        with _sources.bars(stderr()) as progress:
             task = progress.add_task("reading", total=None)
 
             def on_step(done: int, steps: int) -> None:

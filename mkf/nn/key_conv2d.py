@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from mkf.bank.compact import KEYS
@@ -15,6 +16,7 @@ from mkf.kernels.registry import named
 from mkf.keys import KeySet
 from mkf.nn.assign import Order, assign_keys
 from mkf.ops import AffineFit, affine_fit, explain_key_conv2d, key_conv2d, key_conv2d_layer_norm
+from mkf.ops.arguments import KERNEL_SIZES
 from mkf.ops.key_conv2d.check import geometry
 from mkf.ops.key_conv2d.compute import filters_of
 from mkf.ops.key_conv2d.eager import forget
@@ -22,7 +24,6 @@ from mkf.ops.key_conv2d.eager import forget
 TRAINABLE = ("scale", "shift", "bias", "keys")
 
 torch.fx.wrap("key_conv2d")  # a graph of torch.fx holds the call, not what it is made of
-torch.fx.wrap("key_conv2d_layer_norm")
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -33,15 +34,22 @@ class FusedLayerNorm(nn.LayerNorm):
 
     Attributes:
         class_before: The class it had.
-        computed: Whether the layer did, at its last call.
+        computed: Whether the layer did, at its last call; None before the first.
     """
 
     class_before: type[nn.LayerNorm]
-    computed: bool
+    computed: bool | None
 
     def forward(self, input: Tensor) -> Tensor:
         """The input, or its LayerNorm where the layer has left that to this module."""
-        return input if self.computed else self.class_before.forward(self, input)
+        # A tracer of torch.fx that comes here first has taken the layer for a whole, which will compute the norm.
+        will = self.computed is None and isinstance(input, torch.fx.Proxy)
+        return input if self.computed or will else self.class_before.forward(self, input)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()
+        vars(replica)["computed"] = False  # the replica of the layer has lost sight of it
+        return replica
 
 
 class KeyConv2d(nn.Module):
@@ -128,7 +136,9 @@ class KeyConv2d(nn.Module):
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if self.kernel_size != (k, k):
             size = "x".join(map(str, self.kernel_size))
-            raise ValueError(f"the layer is {size}, the keys are {k}x{k}: give keys of its size")
+            there_are = self.kernel_size[0] == self.kernel_size[1] and self.kernel_size[0] in KERNEL_SIZES
+            advice = "give keys of its size" if there_are else "there are no keys of its size"
+            raise ValueError(f"the layer is {size}, the keys are {k}x{k}: {advice}")
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode={padding_mode!r}: KeyConv2d pads with zeros only")
         if not isinstance(channels, int) or channels < 1:
@@ -304,7 +314,8 @@ class KeyConv2d(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """What `timm.utils.reparameterize_model` puts in the layer's place: `to_conv2d()`, for other runtimes.
 
-        With torch, this layer is the faster one. A fused norm computes by itself again.
+        With torch, this layer is the faster one. A fused norm computes by itself again. Blocks that put their
+        convolutions together themselves, as RepGhost's and EfficientViM's do, want `nn.Conv2d`: `mkf.restore` first.
         """
         self.part_norm()
         return self.to_conv2d()
@@ -314,8 +325,9 @@ class KeyConv2d(nn.Module):
 
         `mkf.nn.fuse_norms` and `mkf.convert` do this where they know that nothing else reads this layer's output. The
         norm stays the module and keeps the parameters that it is, but passes on what it is given; see
-        `mkf.ops.key_conv2d_layer_norm` for where one pass computes both. While one of the two has hooks, each computes
-        its own part. Undo it by `part_norm` before one of the two is replaced: the other would not know.
+        `mkf.ops.key_conv2d_layer_norm` for where one pass computes both. While one of the two has hooks, or all modules
+        have, each computes its own part, as do graphs of torch.fx and replicas of `DataParallel`. Undo it by
+        `part_norm` before one of the two is replaced: the other would not know.
 
         Raises:
             TypeError: It is no LayerNorm.
@@ -327,7 +339,7 @@ class KeyConv2d(nn.Module):
         reason = self.why_not_norm(norm)
         if reason is not None:
             raise ValueError(reason)
-        vars(norm).update(class_before=type(norm), computed=False)
+        vars(norm).update(class_before=type(norm), computed=None)
         norm.__class__ = FusedLayerNorm
         vars(self)["norm"] = norm  # not as a submodule: it is one of the block that holds both
 
@@ -408,7 +420,7 @@ class KeyConv2d(nn.Module):
         options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
         norm = self.norm
         if norm is not None:
-            fused = not (_is_hooked(self) or _is_hooked(norm))
+            fused = not (_is_hooked(self) or _is_hooked(norm) or isinstance(input, torch.fx.Proxy))
             if norm.computed != fused:
                 vars(norm)["computed"] = fused
             norm = norm if fused else None
@@ -433,6 +445,11 @@ class KeyConv2d(nn.Module):
         if self.residual is not None:
             options.append(f"mean residual={self.residual.mean():.3f}")
         return ", ".join(options)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()
+        vars(replica)["norm"] = None  # it is that of the first device
+        return replica
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         forget(self.scale)
@@ -474,5 +491,9 @@ class KeyConv2d(nn.Module):
 def _is_hooked(module: nn.Module) -> bool:
     """Whether somebody sees or changes what goes into a module, comes out of it or goes back through it."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -96,4 +97,4 @@ def _load(model: nn.Module, path: str) -> None:
     try:
         model.load_state_dict(checkpoint.state_dict(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} does not fit the model: {shorten(str(error), 400, placeholder=' ...')}") from error

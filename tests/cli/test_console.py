@@ -36,6 +36,7 @@ def test_help_fits_80_columns(command: str, monkeypatch) -> None:
     arguments = text.partition("Arguments")[2].partition("Options")[0]
     assert "NAME|FILE" in arguments
     assert "\N{HORIZONTAL ELLIPSIS}" not in arguments
+    assert max(map(ord, text)) < 0x1F000  # rich makes an emoji of :B:
 
 
 def test_paragraphs_of_help_fill_80_columns(monkeypatch) -> None:

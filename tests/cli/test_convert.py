@@ -46,6 +46,13 @@ def test_checkpoint_to_an_ordinary_one(checkpoint: Path, tmp_path: Path) -> None
         assert torch.equal(fit.index, mkf.affine_fit(tensor[:, 0], mkf.keys.paper8()).index)
 
 
+def test_the_filters_keep_their_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    half, out = tmp_path / "half.safetensors", tmp_path / "keys.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(checkpoint).items()}, half)
+    assert run(half, "--out", out)[0] == 0
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.bfloat16}
+
+
 def test_compact_is_smaller_and_read_by_mkf(checkpoint: Path, tmp_path: Path) -> None:
     ordinary, small = tmp_path / "ordinary.safetensors", tmp_path / "small.safetensors"
     assert run(checkpoint, "--out", ordinary)[0] == 0

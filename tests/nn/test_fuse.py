@@ -199,6 +199,60 @@ def test_a_hook_that_removes_itself_leaves_the_norm_to_compute() -> None:
         torch.testing.assert_close(fused(IMAGES), logits, rtol=1e-3, atol=1e-3)
 
 
+def test_hooks_of_all_modules_see_what_they_would() -> None:
+    fused, apart = (converted(convnext(), fuse_norm).eval() for fuse_norm in (True, False))
+    fused(IMAGES)
+    seen: list[torch.Tensor] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(y)):
+        fused(IMAGES), apart(IMAGES)
+    half = len(seen) // 2
+    for got, right in zip(seen[:half], seen[half:], strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_graphs_of_torch_fx(kind: str, ran_before: bool) -> None:
+    class KeepsLayersWhole(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return isinstance(m, mkf.KeyConv2d) or super().is_leaf_module(m, qualified_name)
+
+    fused, apart = (converted(MODELS[kind](), fuse_norm).eval() for fuse_norm in (True, False))
+    logits = apart(IMAGES)
+    if ran_before:
+        fused(IMAGES)
+    for tracer in (KeepsLayersWhole(), torch.fx.Tracer()):
+        graph = torch.fx.GraphModule(fused, tracer.trace(fused))
+        torch.testing.assert_close(graph(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fused(IMAGES), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_features_of_torchvision_are_those_of_the_layers() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    fused, apart = (converted(torchvisions(), fuse_norm).eval() for fuse_norm in (True, False))
+    nodes = ["features.1.0.block.0", "features.1.0.block.2"]
+    got, right = (create_feature_extractor(model, nodes)(IMAGES) for model in (fused, apart))
+    for node in nodes:
+        torch.testing.assert_close(got[node], right[node], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_replicas_of_data_parallel(ran_before: bool) -> None:
+    fused = converted(convnext(), True).eval()
+    if ran_before:
+        fused(IMAGES)
+    block = fused.stages[0].blocks[0]
+    layer, norm = (module._replicate_for_data_parallel() for module in (block.conv_dw, block.norm))
+    for replica, module in ((layer, block.conv_dw), (norm, block.norm)):  # what torch then does, for another device
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, parameter.detach().clone())
+    x = torch.randn(2, 24, 16, 16).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(norm(layer(x)), block.norm(block.conv_dw(x)), rtol=1e-3, atol=1e-3)
+    assert layer.norm is None
+    assert block.conv_dw.norm is block.norm
+
+
 def test_norms_that_are_pruned_or_parametrised_afterwards() -> None:
     fused, apart = (converted(convnext(), fuse_norm).eval() for fuse_norm in (True, False))
     for model in (fused, apart):

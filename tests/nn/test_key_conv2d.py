@@ -89,8 +89,8 @@ class TestFromScratch:
     @pytest.mark.parametrize(
         ("arguments", "options", "message"),
         [
-            ((24, 5, PAPER), {}, "the layer is 5x5, the keys are 7x7"),
-            ((24, (7, 5), PAPER), {}, "the layer is 7x5"),
+            ((24, 5, PAPER), {}, "the layer is 5x5, the keys are 7x7: give keys of its size"),
+            ((24, (7, 5), PAPER), {}, "the layer is 7x5, .* there are no keys of its size"),
             ((0, 7, PAPER), {}, "channels=0"),
             ((24, 7, torch.ones(8, 7, 7)), {}, "key 1 is constant"),
             ((24, 7, PAPER), {"padding_mode": "reflect"}, "zeros only"),

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from mkf.kernels.derived import Derived
 from mkf.kernels.key_conv2d import Pair
-from mkf.ops.arguments import INTEGERS
+from mkf.ops.arguments import INTEGERS, KERNEL_SIZES
 
-KERNEL_SIZES = (3, 5, 7, 9, 11)
 MAX_KEYS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
