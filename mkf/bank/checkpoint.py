@@ -87,9 +87,12 @@ def stored_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
+        IsADirectoryError: It is a folder.
         ValueError: It is damaged, needs code to run, holds no weights, or two by one name but for wrappers.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the checkpoint in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":

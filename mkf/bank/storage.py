@@ -201,7 +201,9 @@ def _read_manifest(root: Path) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file, not a bank; a checkpoint is read by FilterBank.from_checkpoint")
     if not is_bank(root):
-        raise ValueError(f"{root} is not a complete bank: it has no {MANIFEST}, which is written last")
+        checkpoint = next(iter(sorted(root.glob("*.safetensors"))), None)
+        hint = f"; {checkpoint} is a checkpoint" if checkpoint else ""
+        raise ValueError(f"{root} is not a complete bank: it has no {MANIFEST}, which is written last{hint}")
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:

@@ -132,12 +132,22 @@ def convert(
 def conversion_report(model: nn.Module) -> ConversionReport:
     """What `convert` did to a model.
 
+    Of layers whose parameters were loaded since, nobody knows what they were fitted to: their residuals are None then.
+
     Raises:
         ValueError: The model was not converted, or only a part of it was: ask that part.
     """
     report = getattr(model, _RECORD, None)
     if not isinstance(report, ConversionReport):
         raise ValueError(f"this {type(model).__name__} has no report: it is not what mkf.convert returned")
+    modules = dict(model.named_modules())
+    for layer in report.replaced:
+        module = modules.get(layer.name)
+        if not isinstance(module, KeyConv2d):
+            layer.reason = "it was replaced again since"
+        elif module.residual is None and layer.residual is not None:
+            layer.residual = layer.worst_residual = layer.output_error = None
+            layer.keys_used = len(module.index.unique())
     return report
 
 

@@ -108,7 +108,7 @@ class TrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than epochs, not {self.warmup_epochs} of {self.epochs}: "
-                "give fewer, or 0 for none"
+                "give fewer (--warmup-epochs), or 0 for none"
             )
         if self.batch_size % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"batch_size must be even for mixup and cutmix, not {self.batch_size}")

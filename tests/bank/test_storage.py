@@ -302,8 +302,12 @@ def test_opening_says_what_is_wrong(small_bank: FilterBank, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file, not a bank"):
         FilterBank.open(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"not a complete bank: it has no _bank\.json"):
+    with pytest.raises(ValueError, match=r"not a complete bank: it has no _bank\.json, which is written last$"):
         FilterBank.open(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors is a checkpoint$"):
+        FilterBank.open(tmp_path / "run")
 
     bank = tmp_path / "bank"
     small_bank.save(bank)

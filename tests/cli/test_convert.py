@@ -46,6 +46,12 @@ def test_checkpoint_to_an_ordinary_one(checkpoint: Path, tmp_path: Path) -> None
         assert torch.equal(fit.index, mkf.affine_fit(tensor[:, 0], mkf.keys.paper8()).index)
 
 
+def test_a_folder_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    code, _, stderr = run(checkpoint.parent, "--out", tmp_path / "x.safetensors")
+    assert code == 1
+    assert "is a folder: give the checkpoint in it, such as" in stderr
+
+
 def test_the_filters_keep_their_dtype(checkpoint: Path, tmp_path: Path) -> None:
     half, out = tmp_path / "half.safetensors", tmp_path / "keys.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(checkpoint).items()}, half)

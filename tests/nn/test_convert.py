@@ -90,6 +90,21 @@ def test_filters_are_those_of_the_affine_fit() -> None:
     assert report.keys_used == len(fit.index.unique())
 
 
+def test_the_report_of_parameters_that_were_loaded_or_replaced_since() -> None:
+    model, keys = own_keys(tiny())
+    saved = convert(copy.deepcopy(model), keys).state_dict()
+    loaded = convert(tiny(), keys)
+    before = conversion_report(loaded).layers[0]
+    assert before.residual > 0.1
+    loaded.load_state_dict(saved)
+    report = conversion_report(loaded).layers[0]
+    assert (report.residual, report.worst_residual) == (None, None)
+    assert report.keys_used == len(saved[f"{report.name}.index"].unique())
+    restore(loaded.stages[0])
+    assert len(conversion_report(loaded).replaced) == 4
+    assert "replaced again" in conversion_report(loaded).skipped[0].reason
+
+
 def test_report_of_a_batch() -> None:
     model = tiny().train()
     model.stages[0].blocks[0].conv_dw.eval()
