@@ -1,5 +1,5 @@
-// The Python module mkf._native: one thin function a kernel. Tensors arrive as addresses, sizes and strides, so that the
-// module needs no torch headers and one build serves every version of torch.
+// The Python module mkf._native: one thin function a kernel. Tensors arrive as addresses, sizes and strides, so that
+// the module needs no torch headers and one build serves every version of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -88,7 +88,8 @@ void backward(const KeyConv2dLayer& layer, int threads, std::uintptr_t dy, std::
 void forward_norm(const KeyConv2dLayer& layer, int threads, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t out,
                   std::uintptr_t norm_weight, std::uintptr_t norm_bias, double eps, std::uintptr_t normalized) {
     const mkf::Isa isa = mkf::isa_in_use();
-    const mkf::LayerNorm norm{pointer<const float>(norm_weight), pointer<const float>(norm_bias), static_cast<float>(eps)};
+    const mkf::LayerNorm norm{pointer<const float>(norm_weight), pointer<const float>(norm_bias),
+                              static_cast<float>(eps)};
     py::gil_scoped_release release;
     layer.conv->forward(layer.channels,
                         {pointer<const void>(x), pointer<const float>(bias), pointer<void>(out), &norm,
@@ -186,8 +187,8 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("keys"), py::arg("index"), py::arg("scale"), py::arg("shift"), py::arg("key_bytes"),
         py::arg("index_bytes"), py::arg("channels"),
-        "A function (keys, index, scale, shift) that tells whether keys and index hold what they do now, scale and shift "
-        "lie where they do now and are finite, and MKF_BACKEND is the same.");
+        "A function (keys, index, scale, shift) that tells whether keys and index hold what they do now, scale and "
+        "shift lie where they do now and are finite, and MKF_BACKEND is the same.");
 
     py::class_<mkf::KeyConv2dCpu, std::shared_ptr<mkf::KeyConv2dCpu>>(m, "KeyConv2dCpu",
                                                                       "The key convolution of one plan and one size.")
@@ -200,7 +201,8 @@ PYBIND11_MODULE(_native, m) {
             [](const std::shared_ptr<mkf::KeyConv2dCpu>& conv, std::uintptr_t index, std::uintptr_t scale,
                std::uintptr_t shift) -> py::tuple {
                 const py::capsule layer = mkf::hold(KeyConv2dLayer{
-                    conv, {pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)}});
+                    conv,
+                    {pointer<const std::int32_t>(index), pointer<const float>(scale), pointer<const float>(shift)}});
                 const auto convolve = mkf::BoundFunction<forward>::on(layer);
                 const auto differentiate = mkf::BoundFunction<backward>::on(layer);
                 if (!conv->normalizes()) return py::make_tuple(convolve, differentiate);
@@ -208,10 +210,10 @@ PYBIND11_MODULE(_native, m) {
                                       mkf::BoundFunction<backward_norm>::on(layer));
             },
             py::arg("index"), py::arg("scale"), py::arg("shift"),
-            "The functions forward(threads, bias, x, out), backward(threads, dy, x, dx, d_scale, d_shift, d_bias), and, where "
-            "a LayerNorm can follow in one pass, forward_norm(threads, bias, x, out, norm_weight, norm_bias, eps, normalized) and "
-            "backward_norm(threads, dy, out, norm_weight, eps, x, dx, d_scale, d_shift, d_bias, d_norm_weight, d_norm_bias) "
-            "of a layer.");
+            "The functions of a layer: forward(threads, bias, x, out), "
+            "backward(threads, dy, x, dx, d_scale, d_shift, d_bias) and, where a LayerNorm can follow in one pass, "
+            "forward_norm(threads, bias, x, out, norm_weight, norm_bias, eps, normalized) and backward_norm(threads, "
+            "dy, out, norm_weight, eps, x, dx, d_scale, d_shift, d_bias, d_norm_weight, d_norm_bias).");
 
 #if defined(MKF_WITH_CUDA)
     m.attr("cuda") = true;

@@ -50,8 +50,9 @@ void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads);
 // An NVIDIA GPU: all pointers are the device's. Returns when the work is queued on `stream` (a cudaStream_t).
 void affine_fit_cuda(const AffineFit& problem, int device, void* stream);
 
-// The keys as the kernel wants them: in groups of `keys_at_once` or a little less, a group tap by tap, (k * k, group), so that
-// it is read from end to end; and all of them tap by tap, (k * k, padded), zeros at the end, to be looked up by lane.
+// The keys as the kernel wants them: in groups of `keys_at_once` or a little less, a group tap by tap, (k * k, group),
+// so that it is read from end to end; and all of them tap by tap, (k * k, padded), zeros at the end, to be looked up by
+// lane.
 constexpr int keys_at_once = 8;
 inline int key_groups(int keys) { return (keys + keys_at_once - 1) / keys_at_once; }
 inline int first_of_group(int keys, int group) { return keys * group / key_groups(keys); }

@@ -37,8 +37,9 @@ struct Four {
     __m256 column[4];
 };
 
-// Four neighbouring words, `offset` bytes into each of eight rows. Quarters of rows are put together while they are loaded,
-// which leaves half the shuffles; on a processor that runs 512 bits in two steps, halves are no slower than whole vectors.
+// Four neighbouring words, `offset` bytes into each of eight rows. Quarters of rows are put together while they are
+// loaded, which leaves half the shuffles; on a processor that runs 512 bits in two steps, halves are no slower than
+// whole vectors.
 template <class T>
 MKF_ALWAYS_INLINE static inline Four four_words(const T* row0, const T* row4, std::int64_t stride, int offset) {
     __m256 row[4];
@@ -54,7 +55,8 @@ MKF_ALWAYS_INLINE static inline Four four_words(const T* row0, const T* row4, st
     const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
     const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
     return {{_mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)), _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23)),
-             _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)), _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23))}};
+             _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)),
+             _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23))}};
 }
 
 // A word of two BFloat16: the first is its low half.

@@ -1,5 +1,5 @@
-// The affine fit on a processor: a block of filters, one to a lane, is transposed into a tile and never leaves the first
-// cache. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
+// The affine fit on a processor: a block of filters, one to a lane, is transposed into a tile and never leaves the
+// first cache. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
 #pragma once
 
 #include <array>
@@ -35,8 +35,8 @@ struct Choice {
     void challenge(const Choice& later) { replace(later.score > score, later); }  // equals stay
 };
 
-// The best of choice(from), ..., choice(from + Count - 1), the first among equals: halves against each other, so that the
-// chain of comparisons is short.
+// The best of choice(from), ..., choice(from + Count - 1), the first among equals: halves against each other, so that
+// the chain of comparisons is short.
 template <int from, int Count, class Choose>
 MKF_ALWAYS_INLINE static inline Choice best_of(const Choose& choice) {
     if constexpr (Count == 1) {
@@ -108,8 +108,8 @@ static void gather_rows(const AffineFit& p, std::int64_t first, int lanes, Row<T
     for (int t = lanes * taps; t < W * taps; ++t) rows[t] = {};
 }
 
-// A mean over a quarter of the taps. Taken out of a filter it leaves squares at most six times those about the mean, so that
-// these are still known to float32; and the taps it needs are there before the tile is complete.
+// A mean over a quarter of the taps. Taken out of a filter it leaves squares at most six times those about the mean, so
+// that these are still known to float32; and the taps it needs are there before the tile is complete.
 static Vec near_mean(const float* tile, int taps) {
     const int pairs = taps / 8;
     Vec even = broadcast(0.0f), odd = broadcast(0.0f);
@@ -141,8 +141,8 @@ struct Ahead {
 };
 
 // Tries a group of `Count` keys, the first of which is key `j`. The first group over a block also sums the filters less
-// their centre, and the squares, and meanwhile transposes the next block: multiplications and shuffles have different parts
-// of the processor. Centred filters are not kept: a store would cost more than the subtraction.
+// their centre, and the squares, and meanwhile transposes the next block: multiplications and shuffles have different
+// parts of the processor. Centred filters are not kept: a store would cost more than the subtraction.
 template <int Count, bool First, class RowType>
 static void try_keys(Block& block, const float* group, int j, bool positive, Candidates& candidates,
                      Columns<RowType>& next, Ahead& ahead) {
@@ -195,7 +195,8 @@ constexpr auto of_every_count(std::integer_sequence<int, Less...>) {
 }
 
 // sum over taps of (filter - mean - dot * key)^2; mean = centre + rest.
-static Vec squared_error(const Block& block, Vec rest, const Choice& c, Vec dot, int keys_count, const ArrangedKeys& keys) {
+static Vec squared_error(const Block& block, Vec rest, const Choice& c, Vec dot, int keys_count,
+                         const ArrangedKeys& keys) {
     Vec error = broadcast(0.0f);
     for (int t = 0; t < block.taps; ++t) {
         const Vec key = lookup(keys.by_tap + t * keys.padded, keys_count, c.index);
@@ -314,7 +315,8 @@ static void finish(const AffineFit& p, const ArrangedKeys& keys, bool streams, s
         if (awkward & 1u) fit_awkward<T>(p, first + lane);
 }
 
-// What a thread needs again and again, in one piece: apart, parts could get addresses that a cache takes for each other.
+// What a thread needs again and again, in one piece: apart, parts could get addresses that a cache takes for each
+// other.
 template <class RowType>
 class Workspace {
    public:
@@ -350,7 +352,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
     const bool in_place = std::is_same_v<T, Row<T>> && p.col_stride == 1 && p.row_stride == p.k;
     const auto columns_of = [&](std::int64_t b) {
         if (in_place && b < end && lanes_of(b) == W)
-            return Columns<Row<T>>(reinterpret_cast<const Row<T>*>(filter_at<T>(p, b * W)), p.stride, workspace.tile(b));
+            return Columns<Row<T>>(reinterpret_cast<const Row<T>*>(filter_at<T>(p, b * W)), p.stride,
+                                   workspace.tile(b));
         if (b < end) gather_rows<T>(p, b * W, lanes_of(b), workspace.rows());
         return Columns<Row<T>>(workspace.rows(), taps, workspace.tile(b));
     };
@@ -358,7 +361,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
     // A prefetch is slow while the translation of its page is not known; a load further ahead makes it known.
     const std::int64_t filter_bytes = p.stride * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t all_parts = filter_bytes * W / (taps / 8 * groups), most = 1024;
-    const std::int64_t part = all_parts < most ? all_parts : most;  // far apart filters are not worth all that is between
+    // Filters that are far apart are not worth all that is between them.
+    const std::int64_t part = all_parts < most ? all_parts : most;
     const int filters_a_page = static_cast<int>(filter_bytes <= 0 || filter_bytes > page ? 1 : page / filter_bytes);
     const auto touch_pages = [&](std::int64_t first) {
         for (int lane = 0; lane < W; lane += filters_a_page) {

@@ -1,5 +1,5 @@
-// The affine fit on an NVIDIA GPU. Memory is kept busy by many small blocks on each multiprocessor: while one computes, the
-// others copy. Nothing here waits for the GPU or allocates.
+// The affine fit on an NVIDIA GPU. Memory is kept busy by many small blocks on each multiprocessor: while one computes,
+// the others copy. Nothing here waits for the GPU or allocates.
 #include "../common/cuda.hpp"
 #include "cuda_kernel.cuh"
 
@@ -7,7 +7,8 @@ namespace mkf {
 namespace {
 
 constexpr int threads = 64;
-constexpr int blocks = 6;  // on one multiprocessor, more than its shared memory will hold: what a thread may use of its registers
+// On one multiprocessor, more than its shared memory will hold: what a thread may use of its registers.
+constexpr int blocks = 6;
 
 template <int Filters, int Taps, bool One>
 __global__ __launch_bounds__(threads, blocks) void affine_fit_kernel(const __grid_constant__ AffineFit p, int window) {

@@ -1,9 +1,9 @@
-// The affine fit of a few filters in one CUDA thread. It is plain C++ too, so that a test without a GPU runs this very code:
-// every multiply-add is written out, and with IEEE division and square root both give the same bits.
+// The affine fit of a few filters in one CUDA thread. It is plain C++ too, so that a test without a GPU runs this very
+// code: every multiply-add is written out, and with IEEE division and square root both give the same bits.
 //
-// A block of threads copies neighbouring filters into a tile in shared memory, as float32 rows of k * k without padding.
-// Lanes read their rows k * k words apart; that is odd, so they never meet in a bank. A key is read by all lanes at once and
-// serves every filter of the thread.
+// A block of threads copies neighbouring filters into a tile in shared memory, as float32 rows of k * k without
+// padding. Lanes read their rows k * k words apart; that is odd, so they never meet in a bank. A key is read by all
+// lanes at once and serves every filter of the thread.
 #pragma once
 
 #include <cfloat>
@@ -28,7 +28,8 @@ struct alignas(16) Quad {
 };
 #endif
 
-// Sixteen bytes of the bank into the tile: as they are, without passing through registers, or eight small floats widened.
+// Sixteen bytes of the bank into the tile: as they are, without passing through registers, or eight small floats
+// widened.
 MKF_INLINE void copy_quad(float* to, const float* from) {
 #if defined(__CUDA_ARCH__)
     __pipeline_memcpy_async(to, from, sizeof(Quad));
@@ -58,7 +59,8 @@ MKF_INLINE void wait_for_copies() {
 
 constexpr int slack = 4;  // floats that a tile needs beyond its filters, for the alignment
 
-// Neighbouring filters without gaps. The bank may start anywhere, so the tile starts where both sides are aligned alike.
+// Neighbouring filters without gaps. The bank may start anywhere, so the tile starts where both sides are aligned
+// alike.
 template <class T>
 MKF_INLINE const float* load_packed(const T* bank, int elements, float* tile, int thread, int threads) {
     constexpr int per_quad = 16 / sizeof(T);
@@ -75,7 +77,8 @@ MKF_INLINE const float* load_packed(const T* bank, int elements, float* tile, in
 }
 
 template <class T>
-MKF_INLINE const float* load_strided(const AffineFit& p, const T* bank, int elements, float* tile, int thread, int threads) {
+MKF_INLINE const float* load_strided(const AffineFit& p, const T* bank, int elements, float* tile, int thread,
+                                     int threads) {
     const int taps = p.k * p.k;
 #pragma unroll 4
     for (int e = thread; e < elements; e += threads) {
@@ -86,7 +89,8 @@ MKF_INLINE const float* load_strided(const AffineFit& p, const T* bank, int elem
 }
 
 // Lays `filters` filters out in the tile; returns the first row. Visible after wait_for_copies() and a barrier.
-MKF_INLINE const float* load_tile(const AffineFit& p, std::int64_t first, int filters, float* tile, int thread, int threads) {
+MKF_INLINE const float* load_tile(const AffineFit& p, std::int64_t first, int filters, float* tile, int thread,
+                                  int threads) {
     const int taps = p.k * p.k, elements = filters * taps;
     const bool packed = p.col_stride == 1 && p.row_stride == p.k && p.stride == taps;
     const std::int64_t at = first * p.stride;
@@ -127,7 +131,9 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
                           std::int64_t col_stride) {
     const int k = p.k, taps = k * k;
     double shrink = 1;
-    const auto tap = [&](int t) { return static_cast<double>(filter[t / k * row_stride + t % k * col_stride]) * shrink; };
+    const auto tap = [&](int t) {
+        return static_cast<double>(filter[t / k * row_stride + t % k * col_stride]) * shrink;
+    };
     double low = HUGE_VAL, high = -HUGE_VAL, mean = 0;
     bool finite = true;
 #pragma unroll 1
@@ -158,7 +164,8 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
         for (int j = 0; j < p.keys_count; ++j) {
             double dot = 0;
 #pragma unroll 1
-            for (int t = 0; t < taps; ++t) dot = fma((tap(t) - mean) / unit, static_cast<double>(p.keys[j * taps + t]), dot);
+            for (int t = 0; t < taps; ++t)
+                dot = fma((tap(t) - mean) / unit, static_cast<double>(p.keys[j * taps + t]), dot);
             const double score = p.positive ? dot : fabs(dot);
             const bool after = score < last_score || (score == last_score && j > last);
             if (after && score > best_score) best = j, best_score = score, best_dot = dot;
@@ -181,9 +188,9 @@ MKF_INLINE void fit_awkward(const AffineFit& p, std::int64_t i, const T* filter,
 }
 
 // The filters of one thread: `Filters` rows of the tile, `threads` rows apart, so that neighbouring threads write
-// neighbouring results. Taps is k * k, or 0 where only the problem knows. With One, the best key stays in registers; else
-// the list of the best keys grows in the outputs, where `scale` holds the dot products until finish(), and the products
-// pass through `scratch`, `scratch_floats` a thread in shared memory, because a list needs a loop.
+// neighbouring results. Taps is k * k, or 0 where only the problem knows. With One, the best key stays in registers;
+// else the list of the best keys grows in the outputs, where `scale` holds the dot products until finish(), and the
+// products pass through `scratch`, `scratch_floats` a thread in shared memory, because a list needs a loop.
 template <int Filters, int Taps, bool One>
 class ThreadFit {
   public:
@@ -268,7 +275,8 @@ class ThreadFit {
     }
 
   private:
-    // Dot products with the next 4 * Quads keys; the first call also sums what the rounding of the mean left, and squares.
+    // Dot products with the next 4 * Quads keys; the first call also sums what the rounding of the mean left, and
+    // squares.
     template <int Quads, bool First>
     MKF_INLINE void dots(const float* keys, int window, int j) {
         float acc[Filters][4 * Quads];

@@ -1,5 +1,5 @@
-// Python functions of numbers on an object of their own, for what is called at every layer: after a large layer has emptied
-// the caches, the way through pybind11 to a method takes 5 microseconds longer.
+// Python functions of numbers on an object of their own, for what is called at every layer: after a large layer has
+// emptied the caches, the way through pybind11 to a method takes 5 microseconds longer.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +21,8 @@ class BoundFunction<function> {
 public:
     // The function on the object that a capsule holds, which it keeps.
     static pybind11::object on(const pybind11::capsule& object) {
-        static PyMethodDef definition{"bound_function", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
+        static PyMethodDef definition{"bound_function",
+                                      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
                                       METH_FASTCALL, nullptr};
         PyObject* const made = PyCFunction_New(&definition, object.ptr());
         if (made == nullptr) throw pybind11::error_already_set();

@@ -70,8 +70,8 @@ inline void expect_to_fill(void* p, std::int64_t bytes) {
 #endif
 }
 
-// Calls body(first, last) on at most `threads` contiguous pieces of [0, count). What one of them throws, as where there is
-// no memory left, is thrown here: it must not leave a thread.
+// Calls body(first, last) on at most `threads` contiguous pieces of [0, count). What one of them throws, as where there
+// is no memory left, is thrown here: it must not leave a thread.
 template <class Body>
 inline void parallel_pieces(std::int64_t count, int threads, const Body& body) {
 #if defined(_OPENMP)

@@ -22,8 +22,8 @@ inline int attribute(cudaDeviceAttr name, int device) {
     return value;
 }
 
-// Lets blocks of a kernel have all the shared memory that the current device can give them. It is asked for once, as that
-// takes microseconds, and is the same for every launch, as threads of the host may launch at the same time.
+// Lets blocks of a kernel have all the shared memory that the current device can give them. It is asked for once, as
+// that takes microseconds, and is the same for every launch, as threads of the host may launch at the same time.
 template <auto kernel>
 void allow_shared_memory(int device) {
     constexpr int most_devices = 64;

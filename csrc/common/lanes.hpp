@@ -64,8 +64,8 @@ inline void store(float* p, Vec a, const LastLanes& lanes) {
 
 inline Vec zero() { return broadcast(0.0f); }
 
-// The nearest bfloat16, ties to even, as all vectors are stored. A NaN stays one where its lower half is zero, as in all
-// that come from bfloat16 or that processors make; there are no others to store.
+// The nearest bfloat16, ties to even, as all vectors are stored. A NaN stays one where its lower half is zero, as in
+// all that come from bfloat16 or that processors make; there are no others to store.
 static inline BFloat16 to_bfloat16(float x) {
     std::uint32_t b;
     std::memcpy(&b, &x, sizeof b);

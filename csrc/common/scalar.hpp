@@ -1,5 +1,5 @@
-// The element types a kernel reads, and how each becomes a float or a double. The functions are static: a copy compiled for
-// AVX-512 must never be the one that the linker keeps for everybody.
+// The element types a kernel reads, and how each becomes a float or a double. The functions are static: a copy compiled
+// for AVX-512 must never be the one that the linker keeps for everybody.
 #pragma once
 
 #include <cstdint>

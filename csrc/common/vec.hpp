@@ -4,7 +4,8 @@
 // flags; all code that depends on the width lives in namespace mkf::MKF_ISA, so that no two instruction sets ever share
 // an inline function.
 //
-// `stream` stores past the caches, where the address allows it (`can_stream`); other threads see it after `end_streams`.
+// `stream` stores past the caches, where the address allows it (`can_stream`); other threads see it after
+// `end_streams`.
 #pragma once
 
 #include <cmath>
@@ -168,7 +169,10 @@ inline Mask operator|(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] || b.v[i]; ret
 inline Vec select(Mask m, Vec yes, Vec no) { MKF_LANES no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline unsigned bits(Mask m) { unsigned r = 0; MKF_LANES r |= static_cast<unsigned>(m.v[i]) << i; return r; }
-inline Vec lookup(const float* table, int, Vec index) { MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])]; return index; }
+inline Vec lookup(const float* table, int, Vec index) {
+    MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])];
+    return index;
+}
 inline void stream(float* p, Vec a) { store(p, a); }
 inline void stream_int(std::int32_t* p, Vec a) { store_int(p, a); }
 inline void end_streams() {}
@@ -213,8 +217,8 @@ inline void to_floats(const Float16* in, float* out, int n) { halves_to_floats(i
 
 inline bool can_stream(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec) == 0; }
 
-// Brings a line to the second cache; any address will do. Always in line: gcc takes a function that only prefetches for one
-// without effect and drops calls of it.
+// Brings a line to the second cache; any address will do. Always in line: gcc takes a function that only prefetches for
+// one without effect and drops calls of it.
 MKF_ALWAYS_INLINE inline void prefetch(const void* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);

@@ -10,7 +10,8 @@ namespace mkf {
 
 namespace {
 
-// Channels-first, any channels can share a vector: those with equal keys do, and so most vectors compute the cheapest form.
+// Channels-first, any channels can share a vector: those with equal keys do, and so most vectors compute the cheapest
+// form.
 std::vector<std::int32_t> by_key(const KeyConv2d& p) {
     std::vector<std::int32_t> order(p.channels_last ? 0 : p.channels);
     std::iota(order.begin(), order.end(), 0);
@@ -95,8 +96,8 @@ float KeyConv2dCpu::mirror(int first, int number) {
     return itself ? 1.0f : negative ? -1.0f : 0.0f;
 }
 
-// A key of one term of which one factor mirrors itself is two terms of which both do, with the even and the odd part of the
-// other factor.
+// A key of one term of which one factor mirrors itself is two terms of which both do, with the even and the odd part of
+// the other factor.
 void KeyConv2dCpu::split(int key) {
     if (problem.terms[key] != 1 || problem.most_terms < 2) return;
     const int k = problem.k, number = key + table.count;

@@ -1,5 +1,5 @@
-// Filters along one direction: a run of neighbouring outputs stays in registers while each input is loaded once and meets
-// all the outputs that it reaches.
+// Filters along one direction: a run of neighbouring outputs stays in registers while each input is loaded once and
+// meets all the outputs that it reaches.
 #pragma once
 
 #include "../common/lanes.hpp"
@@ -7,8 +7,8 @@
 
 namespace mkf::MKF_ISA {
 
-// Which inputs reach which outputs, along one direction, of a filter of K taps that makes the image `Down` times smaller,
-// or, as the adjoint of that does, `Up` times larger. At least one of the two is 1.
+// Which inputs reach which outputs, along one direction, of a filter of K taps that makes the image `Down` times
+// smaller, or, as the adjoint of that does, `Up` times larger. At least one of the two is 1.
 template <int K, int Down, int Up>
 struct Geometry {
     static constexpr int k = K, pad = K / 2, down = Down, up = Up;
@@ -53,8 +53,8 @@ MKF_ALWAYS_INLINE static inline X fresh(X x) {
     return x;
 }
 
-// The same for a vector: else, where one of two filters is used, compilers load the taps before they know which one it is,
-// and keep them in memory.
+// The same for a vector: else, where one of two filters is used, compilers load the taps before they know which one it
+// is, and keep them in memory.
 MKF_ALWAYS_INLINE static inline Vec in_register(Vec x) {
 #if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
     asm volatile("" : "+v"(x.v));
@@ -123,8 +123,8 @@ struct Plain {
     MKF_ALWAYS_INLINE void passed(I) {}
 };
 
-// The same with fewer multiplications and more additions, which processors do beside them: with e the even and o the odd
-// taps, and x the inputs from the first that two neighbouring outputs meet on,
+// The same with fewer multiplications and more additions, which processors do beside them: with e the even and o the
+// odd taps, and x the inputs from the first that two neighbouring outputs meet on,
 //     both    = sum of  o[i] * (x[2 i + 1] + x[2 i + 2])
 //     first   = both + sum of  (e[i] - o[i - 1]) * x[2 i]
 //     second  = both + sum of  (e[i] - o[i]) * x[2 i + 1]
@@ -152,7 +152,8 @@ struct Paired {
         unroll<pairs>([&](auto p) MKF_ALWAYS_INLINE {
             constexpr int at = I::value - 2 * decltype(p)::value;
             if constexpr (at >= 0 && at < G::k && at % 2 == 0) sums[2 * p] = fma(first[at / 2], x, sums[2 * p]);
-            if constexpr (at >= 1 && at <= G::k && at % 2 == 1) sums[2 * p + 1] = fma(second[at / 2], x, sums[2 * p + 1]);
+            if constexpr (at >= 1 && at <= G::k && at % 2 == 1)
+                sums[2 * p + 1] = fma(second[at / 2], x, sums[2 * p + 1]);
         });
         if constexpr (G::run % 2 == 1 && I::value >= G::run - 1)
             sums[G::run - 1] = fma(taps[I::value - G::run + 1], x, sums[G::run - 1]);
@@ -187,8 +188,8 @@ private:
 template <class G>
 using Taps = std::conditional_t<Vec::width == 16 && G::down == 1 && G::up == 1, Paired<G>, Plain<G>>;
 
-// A filter of which, in each lane, the second half mirrors the first, or, if `Signed`, its negative where `sign` is -0. Inputs
-// that meet the same tap are added first.
+// A filter of which, in each lane, the second half mirrors the first, or, if `Signed`, its negative where `sign` is -0.
+// Inputs that meet the same tap are added first.
 template <class G, bool Signed>
 struct Mirrored {
     static constexpr int half = G::k / 2;
@@ -228,12 +229,12 @@ private:
     static constexpr int partner(int i, int tap) { return i - (2 * tap - (G::k - 1)) / G::up; }
 };
 
-// A filter of ones: sums[j] = the sum of the inputs that reach output j. Never by adding what enters and subtracting what
-// leaves: that drifts, and Inf - Inf would spoil outputs that are far from the Inf.
+// A filter of ones: sums[j] = the sum of the inputs that reach output j. Never by adding what enters and subtracting
+// what leaves: that drifts, and Inf - Inf would spoil outputs that are far from the Inf.
 template <class G>
 struct Ones {
-    // All outputs meet input `last`. What they meet up to it are sums from right to left, what they meet after it sums from
-    // left to right, and each step of either is the sum that the next output needs.
+    // All outputs meet input `last`. What they meet up to it are sums from right to left, what they meet after it sums
+    // from left to right, and each step of either is the sum that the next output needs.
     static constexpr bool shared = G::down == 1 && G::up == 1 && G::k >= G::run;
     static constexpr int last = G::run - 1;
     // Whether one of the windows holds the inputs that no other run starts with, and which.

@@ -19,7 +19,8 @@ struct Group {
         Vec weight;
     };
 
-    // Whether all lanes of a factor mirror themselves, or their negative where `sign` is -0; `even` if none does the latter.
+    // Whether all lanes of a factor mirror themselves, or their negative where `sign` is -0; `even` if none does the
+    // latter.
     struct Mirror {
         bool exists, even;
         Vec sign;

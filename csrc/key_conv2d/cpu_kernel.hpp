@@ -1,5 +1,5 @@
-// The key convolution and its gradients on a processor: what a strip (cpu_strip.hpp) computes is stored, or multiplied with
-// x and summed up. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
+// The key convolution and its gradients on a processor: what a strip (cpu_strip.hpp) computes is stored, or multiplied
+// with x and summed up. Written once; cpu_avx512.cpp, cpu_avx2.cpp and cpu_portable.cpp compile it.
 #pragma once
 
 #include "cpu_norm.hpp"
@@ -19,14 +19,15 @@ struct Task {
     int beside;  // how many tasks further the same vector goes on
 };
 
-// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result does;
-// the order may.
+// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result
+// does; the order may.
 //
-// Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what neighbouring
-// strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if many channels took
-// turns on a strip. Few do, as otherwise a vector that is left over fetches lines of which it wants half, and so do all in
-// bfloat16, where there is half as much. Where there are fewer images than threads, bands of strips are as many as threads:
-// shares of an image that were whole vectors would cost more for some keys than for others.
+// Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what
+// neighbouring strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if
+// many channels took turns on a strip. Few do, as otherwise a vector that is left over fetches lines of which it wants
+// half, and so do all in bfloat16, where there is half as much. Where there are fewer images than threads, bands of
+// strips are as many as threads: shares of an image that were whole vectors would cost more for some keys than for
+// others.
 template <class G>
 struct Tasks {
     static constexpr int most_at_once = 48 / Vec::width;
@@ -39,7 +40,9 @@ struct Tasks {
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
         : groups(static_cast<int>(vectors.end - vectors.first)),
           strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
-          together(!p.channels_last ? 1 : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width : groups),
+          together(!p.channels_last                                         ? 1
+                   : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width
+                                                                        : groups),
           all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
           small(is_small<G::k>(p)),
           images(small ? std::max(1, 8 / static_cast<int>(p.height * p.width)) : 1),
@@ -66,13 +69,13 @@ struct Tasks {
         return {image, image + 1, first_strip + rest / beside, first_group + rest % beside, beside};
     }
 
-    // Adds what `next`, a task further on, wants of a channels-last tensor and `task` has not had, to be fetched in `steps`. A
-    // strip starts `rows` below the one above it and reaches `before` and `after` further. Where all channels take turns, what
-    // they want is fetched line after line, a share in each task, and of the vectors that share a line one fetches the first
-    // tensor, one the second and so on.
+    // Adds what `next`, a task further on, wants of a channels-last tensor and `task` has not had, to be fetched in
+    // `steps`. A strip starts `rows` below the one above it and reaches `before` and `after` further. Where all
+    // channels take turns, what they want is fetched line after line, a share in each task, and of the vectors that
+    // share a line one fetches the first tensor, one the second and so on.
     template <class T>
-    void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next, const Channels& channels,
-               int rows, int before, int after, int steps) const {
+    void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next,
+               const Channels& channels, int rows, int before, int after, int steps) const {
         constexpr int line = 64, sharing = std::max(1, line / static_cast<int>(Vec::width * sizeof(T)));
         const bool goes_on = next.group == task.group && next.strip == task.strip + 1;
         const int first = std::max(0, next.strip * rows + (goes_on ? after : -before));
@@ -92,7 +95,8 @@ struct Tasks {
 
 // Stores a run of outputs.
 template <class T, int N>
-MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N], const LastLanes& lanes) {
+MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N],
+                                           const LastLanes& lanes) {
     T* to = out.at(run.row, run.column);
     const std::ptrdiff_t stride = out.column_stride;
     if (run.count == N && lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
@@ -202,7 +206,8 @@ struct Total {
     }
 };
 
-// Where the strip's input is dy and its output z = conv(dy, key') or, if nobody asks for the scale's gradient, dx at once.
+// Where the strip's input is dy and its output z = conv(dy, key') or, if nobody asks for the scale's gradient, dx at
+// once.
 template <class G, class T>
 struct Gradients {
     Plane<const T> x;  // without pixels where not needed
@@ -268,8 +273,8 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         last *= cut;
         const std::unique_ptr<T[]> buffer(tensors.norm ? new T[bands.size] : nullptr);  // of one image
         expect_to_fill(buffer.get(), buffer ? bands.size * sizeof(T) : 0);
-        const Tensor<const T> dy{buffer ? buffer.get() : static_cast<const T*>(tensors.dy), p.batch, p.channels, out_rows,
-                                 out_columns};
+        const Tensor<const T> dy{buffer ? buffer.get() : static_cast<const T*>(tensors.dy), p.batch, p.channels,
+                                 out_rows, out_columns};
         const ChannelNorm norm(tensors.norm, p.channels);
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i) {
@@ -394,8 +399,8 @@ static void convolve(const KeyConv2d& p, const KeyConv2dBackward& tensors, const
     p.stride == 1 ? run_size<Same>(p, tensors, table, threads) : run_size<Larger>(p, tensors, table, threads);
 }
 
-// Whether each thread convolves and normalises whole images, which then stay in its caches. No thread may have much more to
-// do than another.
+// Whether each thread convolves and normalises whole images, which then stay in its caches. No thread may have much
+// more to do than another.
 static bool takes_images(const KeyConv2d& p, int threads) {
     const std::int64_t most = (p.batch + threads - 1) / threads;
     return 4 * most * threads <= 5 * p.batch;
@@ -439,8 +444,8 @@ void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, c
     });
     sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
     if (stops) return;
-    convolve(p, KeyConv2dBackward{dy.get(), tensors.x, tensors.dx, tensors.d_scale, tensors.d_shift, tensors.d_bias}, table,
-             threads);
+    convolve(p, KeyConv2dBackward{dy.get(), tensors.x, tensors.dx, tensors.d_scale, tensors.d_shift, tensors.d_bias},
+             table, threads);
 }
 
 }  // namespace mkf::MKF_ISA

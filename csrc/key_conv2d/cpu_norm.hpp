@@ -31,8 +31,8 @@ public:
         for (std::int64_t p = 0; p < pixels; ++p, x += channels, out += channels) {
             const Moments moments(*this, x);
             each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-                store(out + c, fma(moments.normal(x + c, lanes), load(norm->weight + c, lanes), load(norm->bias + c, lanes)),
-                      lanes);
+                const Vec weight = load(norm->weight + c, lanes), bias = load(norm->bias + c, lanes);
+                store(out + c, fma(moments.normal(x + c, lanes), weight, bias), lanes);
             });
         }
     }
@@ -118,8 +118,8 @@ private:
     }
 };
 
-// Images are normalised in bands of pixels, over each of which sums are made, whoever computes it: no result depends on the
-// number of threads.
+// Images are normalised in bands of pixels, over each of which sums are made, whoever computes it: no result depends on
+// the number of threads.
 struct Bands {
     static constexpr std::int64_t most = 1024;
     std::int64_t channels, pixels, in_image, size;  // of an image

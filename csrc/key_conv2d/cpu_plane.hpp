@@ -1,5 +1,5 @@
-// One vector of channels of one image, in either layout. Kernels see pixels that are vectors: channels-last memory is that
-// already, channels-first memory is transposed into a tile and back.
+// One vector of channels of one image, in either layout. Kernels see pixels that are vectors: channels-last memory is
+// that already, channels-first memory is transposed into a tile and back.
 #pragma once
 
 #include <algorithm>
@@ -124,7 +124,8 @@ private:
     }
 };
 
-// Here a tile of float32 vectors, into which the rows are brought before the task and from which they are taken after it.
+// Here a tile of float32 vectors, into which the rows are brought before the task and from which they are taken after
+// it.
 template <class T, bool ChannelsLast>
 class Tile {
 public:

@@ -1,13 +1,13 @@
-// Images so small that every output meets every input, as in the last layers of networks for small pictures: what a strip
-// (cpu_strip.hpp) arranges takes longer than they do.
+// Images so small that every output meets every input, as in the last layers of networks for small pictures: what a
+// strip (cpu_strip.hpp) arranges takes longer than they do.
 #pragma once
 
 #include "cpu_group.hpp"
 
 namespace mkf::MKF_ISA {
 
-// One vector of channels of one image, with a group that `is_small` has made direct, if it convolves at all; `finish` is as for
-// a strip, but is not told of the end of a block.
+// One vector of channels of one image, with a group that `is_small` has made direct, if it convolves at all; `finish`
+// is as for a strip, but is not told of the end of a block.
 template <class G, class T>
 class SmallImage {
 public:

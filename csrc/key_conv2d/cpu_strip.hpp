@@ -1,5 +1,5 @@
-// A strip: a few rows of the output of one vector of channels. The columns of its input are filtered downwards, block by
-// block, into a ring of blocks that stays in the first cache, and the rows of the ring are filtered sideways.
+// A strip: a few rows of the output of one vector of channels. The columns of its input are filtered downwards, block
+// by block, into a ring of blocks that stays in the first cache, and the rows of the ring are filtered sideways.
 #pragma once
 
 #include "cpu_filter.hpp"
@@ -10,7 +10,8 @@ namespace mkf::MKF_ISA {
 // Memory that a later task will want, fetched a few lines at a time: it is too scattered for the processor to foresee.
 class Ahead {
 public:
-    // So many lines at each step, or a few more, `apart` bytes from each other and `step` bytes from those of the step before.
+    // So many lines at each step, or a few more, `apart` bytes from each other and `step` bytes from those of the step
+    // before.
     void add(const char* first, int lines, std::ptrdiff_t apart, std::ptrdiff_t step) {
         // A single line that is left over is not worth a stream of its own.
         for (int line = 0; (line == 0 || line + 1 < lines) && count < most; line += Stream::lines)
@@ -21,8 +22,8 @@ public:
         for (int i = 0; i < count; ++i) streams[i].fetch();
     }
 
-    // A part of a step, for direct taps: these read a column's lines all the time, and many more at once would be in their
-    // way (8, 96, 56 took up to 1.4 times as long).
+    // A part of a step, for direct taps: these read a column's lines all the time, and many more at once would be in
+    // their way (8, 96, 56 took up to 1.4 times as long).
     void part_of_step(int parts) {
         for (due += count; due >= parts; due -= parts) {
             streams[turn].fetch();
@@ -54,8 +55,8 @@ private:
 template <class G>
 using Block = Vec[Group<G::k>::most_terms + 1][G::run][G::block];
 
-// The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two blocks
-// hold both where these do not overlap.
+// The outputs below a block need inputs from the end of the block before it and from the beginning of the next. Two
+// blocks hold both where these do not overlap.
 template <class G>
 constexpr int blocks_kept = G::before + G::after <= G::block ? 2 : 3;
 
@@ -63,8 +64,8 @@ template <class G>
 using Ring = Block<G>[blocks_kept<G>];
 
 // `finish(run, sums, windows)` gets the convolution and, where group.has_box, the sums of the windows;
-// `finish.column(sum)` gets, where finish.wants_columns(), the sum of each column's inputs that no other strip starts with;
-// `finish.end_of_block()` is told about every block.
+// `finish.column(sum)` gets, where finish.wants_columns(), the sum of each column's inputs that no other strip starts
+// with; `finish.end_of_block()` is told about every block.
 template <class G, class T>
 class Strip {
     static constexpr int K = G::k;
@@ -262,8 +263,8 @@ private:
         filter<G>(input, inside, taps);
     }
 
-    // Two rows of outputs that lie next to each other share work as two columns do in `Paired`, with e the even and o the odd
-    // rows of the taps and x the rows of the input. For k = 7 these are 11 filtered rows in place of 14.
+    // Two rows of outputs that lie next to each other share work as two columns do in `Paired`, with e the even and o
+    // the odd rows of the taps and x the rows of the input. For k = 7 these are 11 filtered rows in place of 14.
     template <class Finish>
     void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count,
                          Ahead& ahead) const {

@@ -1,5 +1,5 @@
-// What one thread does with a row in the key convolution: it reads its window, convolves it and moves the outputs on that
-// it keeps in registers. cuda_kernel.cuh tells the plan.
+// What one thread does with a row in the key convolution: it reads its window, convolves it and moves the outputs on
+// that it keeps in registers. cuda_kernel.cuh tells the plan.
 #pragma once
 
 #include "cuda_block.cuh"

@@ -1,5 +1,5 @@
-// The key convolution on raw pointers: out[n, c] = conv(x[n, c], scale[c] * key[index[c]] + shift[c]) + bias[c] with zero
-// padding of k / 2 on every side, and its gradients; kernels/key_conv2d/__init__.py has the contract.
+// The key convolution on raw pointers: out[n, c] = conv(x[n, c], scale[c] * key[index[c]] + shift[c]) + bias[c] with
+// zero padding of k / 2 on every side, and its gradients; kernels/key_conv2d/__init__.py has the contract.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct KeyConv2d {
 
     const std::int32_t* index;      // (channels,)
     const float *scale, *shift;     // (channels,)
-    const std::int32_t* order;      // (channels,): all channels, in the order in which vectors take them; channels-first only
+    const std::int32_t* order;      // (channels,): all, in the order in which vectors take them; channels-first only
 
     std::int64_t out_height() const { return (height - 1) / stride + 1; }
     std::int64_t out_width() const { return (width - 1) / stride + 1; }
@@ -36,8 +36,8 @@ struct KeyConv2d {
 // Images of no more pixels are not worth cutting, and tasks take several of the smallest.
 constexpr int most_small_pixels = 9;
 
-// A LayerNorm over the channels of every pixel of the output (cpu_norm.hpp); float32, channels-last, with at least as many
-// channels as the widest vector has lanes, and of images that are not small.
+// A LayerNorm over the channels of every pixel of the output (cpu_norm.hpp); float32, channels-last, with at least as
+// many channels as the widest vector has lanes, and of images that are not small.
 struct LayerNorm {
     const float *weight, *bias;  // (channels,)
     float eps;
@@ -60,10 +60,11 @@ struct KeyConv2dBackward {
     float *d_norm_weight = nullptr, *d_norm_bias = nullptr;
 };
 
-// What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for all
-// of its channels: (entries, padded) with the entries columns, rows, keys, box and how each column and each row mirrors itself:
-// 1 if it does, -1 if its negative does, else 0; then the key's terms, its tap, and 1 or 0: direct, splits. Key j stands there
-// twice: as j + count it has a term more where it splits, and all its factors then mirror themselves.
+// What the plan says of each key, one number of all keys after the other, so that a vector can look one number up for
+// all of its channels: (entries, padded) with the entries columns, rows, keys, box and how each column and each row
+// mirrors itself: 1 if it does, -1 if its negative does, else 0; then the key's terms, its tap, and 1 or 0: direct,
+// splits. Key j stands there twice: as j + count it has a term more where it splits, and all its factors then mirror
+// themselves.
 struct KeyTable {
     const float* values;
     int padded, count;
