@@ -106,7 +106,7 @@ def convert(
             report.reason = str(error)
             continue
         new[name] = layer
-        report.keys_used = None if layer.index.is_meta else len(layer.index.unique())
+        report.keys_used = _keys_used(layer)
         if layer.residual is not None and (live := layer.residual[(layer.scale != 0).cpu()]).numel():
             report.residual, report.worst_residual = live.mean().item(), live.max().item()
     if not new:
@@ -143,11 +143,11 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     modules = dict(model.named_modules())
     for layer in report.replaced:
         module = modules.get(layer.name)
-        if not isinstance(module, KeyConv2d):
-            layer.reason = "it was replaced again since"
-        elif module.residual is None and layer.residual is not None:
+        if isinstance(module, nn.Conv2d):
+            layer.reason = "it was restored since"
+        elif isinstance(module, KeyConv2d) and module.residual is None and layer.residual is not None:
             layer.residual = layer.worst_residual = layer.output_error = None
-            layer.keys_used = len(module.index.unique())
+            layer.keys_used = _keys_used(module)
     return report
 
 
@@ -181,6 +181,10 @@ def restore(model: nn.Module) -> nn.Module:
 def _layers(model: nn.Module, kind: type[Layer]) -> list[tuple[str, Layer]]:
     """The modules of a kind, by the first of their names."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _keys_used(layer: KeyConv2d) -> int | None:
+    return None if layer.index.is_meta else len(layer.index.unique())
 
 
 def _why_not(name: str, conv: nn.Conv2d, filter_fn: FilterFn | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -43,7 +44,7 @@ class FusedLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """The input, or its LayerNorm where the layer has left that to this module."""
         # A tracer of torch.fx that comes here first has taken the layer for a whole, which will compute the norm.
-        will = self.computed is None and isinstance(input, torch.fx.Proxy)
+        will = self.computed is None and isinstance(input, Proxy)
         return input if self.computed or will else self.class_before.forward(self, input)
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -420,7 +421,8 @@ class KeyConv2d(nn.Module):
         options = self.stride, self.padding, self.dilation, self.backend, self.tolerance
         norm = self.norm
         if norm is not None:
-            fused = not (_is_hooked(self) or _is_hooked(norm) or isinstance(input, torch.fx.Proxy))
+            seen = _is_hooked(self) or _is_hooked(norm) or _has_any_global_hook()
+            fused = not (seen or isinstance(input, Proxy))
             if norm.computed != fused:
                 vars(norm)["computed"] = fused
             norm = norm if fused else None
@@ -491,9 +493,5 @@ class KeyConv2d(nn.Module):
 def _is_hooked(module: nn.Module) -> bool:
     """Whether somebody sees or changes what goes into a module, comes out of it or goes back through it."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -102,7 +102,7 @@ def test_the_report_of_parameters_that_were_loaded_or_replaced_since() -> None:
     assert report.keys_used == len(saved[f"{report.name}.index"].unique())
     restore(loaded.stages[0])
     assert len(conversion_report(loaded).replaced) == 4
-    assert "replaced again" in conversion_report(loaded).skipped[0].reason
+    assert "restored" in conversion_report(loaded).skipped[0].reason
 
 
 def test_report_of_a_batch() -> None:
