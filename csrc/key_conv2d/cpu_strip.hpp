@@ -22,10 +22,10 @@ public:
         for (int i = 0; i < count; ++i) streams[i].fetch();
     }
 
-    // A part of a step, for direct taps: these read a column's lines all the time, and many more at once would be in
-    // their way (8, 96, 56 took up to 1.4 times as long).
-    void part_of_step(int parts) {
-        for (due += count; due >= parts; due -= parts) {
+    // One of so many parts of some steps, for direct taps: these read a column's lines all the time, and many more at
+    // once would be in their way (8, 96, 56 took up to 1.4 times as long).
+    void part_of_steps(int parts, int steps) {
+        for (due += count * steps; due >= parts; due -= parts) {
             streams[turn].fetch();
             turn = turn + 1 == count ? 0 : turn + 1;
         }
@@ -72,7 +72,8 @@ class Strip {
 
 public:
     Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring<G>& ring)
-        : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring) {}
+        : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring),
+          rows_of_taps(group.direct ? count_rows_of_taps() : 0) {}
 
     // The rows of the input that the outputs from first_row on need.
     static int first_input_row(int first_row) { return first_row / G::up * G::down - G::before; }
@@ -93,6 +94,7 @@ private:
     const Group<K>& group;
     const int first_row, rows, columns;  // of the output
     Ring<G>& ring;
+    const int rows_of_taps;  // how many times `filter_row` is called in a block
 
     static int first_input_column(int block) { return block * G::block - G::before; }
 
@@ -181,11 +183,12 @@ private:
         constexpr int kept = blocks_kept<G>;
         const Around around{ring[(block + kept - 1) % kept], ring[block % kept], ring[(block + 1) % kept]};
         if (group.direct) {
+            const auto fetch = [&] MKF_ALWAYS_INLINE { ahead.part_of_steps(rows_of_taps, G::block); };
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1) {
-                for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, ahead);
+                for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, fetch);
             }
-            for (; r < rows; ++r) all_taps(r, block, around, finish, first, count, ahead);
+            for (; r < rows; ++r) all_taps(r, block, around, finish, first, count, fetch);
         } else {
             const Inside inside(first_input_column(block), in.columns);
             unsigned reached_by[most_single_taps];
@@ -241,7 +244,7 @@ private:
     MKF_ALWAYS_INLINE void single_tap(const typename Group<K>::SingleTap& tap, unsigned reached, int r, int first,
                                       Vec (&sums)[G::run]) const {
         int row;
-        if (!G::input(first_row + r, tap.row, row) || row < 0 || row >= in.rows) return;
+        if (!G::input(first_row + r, tap.row, row) || !exists(row)) return;
         const Vec weight = tap.weight;
         const int shifted = tap.column - G::pad;
         const T* const at = in.at(row, first / G::up * G::down);
@@ -252,25 +255,39 @@ private:
         });
     }
 
+    bool exists(int row) const { return row >= 0 && row < in.rows; }
+
+    int count_rows_of_taps() const {  // fewer at the edges of an image
+        int count = 0, r = 0;
+        if constexpr (G::down == 1 && G::up == 1) {
+            for (; r + 1 < rows; r += 2) {
+                const int row = first_row + r - G::pad;
+                for (int t = 0; t <= K; ++t) count += exists(row + t);
+                for (int t = 1; t < K; t += 2) count += exists(row + t) || exists(row + t + 1);
+            }
+        }
+        for (; r < rows; ++r) {
+            for (int t = 0, row; t < K; ++t) count += G::input(first_row + r, t, row) && exists(row);
+        }
+        return count;
+    }
+
     // One row of direct taps.
-    template <class Input>
+    template <class Input, class Fetch>
     MKF_ALWAYS_INLINE static void filter_row(const Registers<K>& from, Vec (&sums)[G::run], Input input, Inside inside,
-                                             Ahead& ahead) {
-        constexpr int pairs = G::down == 1 && G::up == 1 ? G::run / 2 : 0;
-        constexpr int rows = pairs * (K + K / 2 + 1) + (G::run - 2 * pairs) * K;  // in a block
-        ahead.part_of_step(rows / G::block);
+                                             const Fetch& fetch) {
+        fetch();
         Taps<G> taps(from.v, sums);
         filter<G>(input, inside, taps);
     }
 
     // Two rows of outputs that lie next to each other share work as two columns do in `Paired`, with e the even and o
     // the odd rows of the taps and x the rows of the input. For k = 7 these are 11 filtered rows in place of 14.
-    template <class Finish>
+    template <class Finish, class Fetch>
     void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count,
-                         Ahead& ahead) const {
+                         const Fetch& fetch) const {
         const int column = first_input_column(block), row = first_row + r - G::pad;
         const Inside inside(column, in.columns);
-        const auto exists = [&](int i) { return i >= 0 && i < in.rows; };
         const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride}; };
         const auto taps_of = [&](int t) { return in_registers<K>(group.taps + t * K); };
         Vec sums[2][G::run], windows[2][G::run];
@@ -278,20 +295,20 @@ private:
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
             const auto x = input(row + t + (other && !one));
-            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside, ahead);
-            else if (one || other) filter_row(taps_of(t), sums[0], x, inside, ahead);
+            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside, fetch);
+            else if (one || other) filter_row(taps_of(t), sums[0], x, inside, fetch);
         }
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
         for (int t = 0; t < K; t += 2) {
             if (exists(row + t)) {
                 auto taps = taps_of(t);
                 if (t > 0) taps.minus(group.taps + (t - 1) * K);
-                filter_row(taps, sums[0], input(row + t), inside, ahead);
+                filter_row(taps, sums[0], input(row + t), inside, fetch);
             }
             if (exists(row + t + 1)) {
                 auto taps = taps_of(t);
                 if (t + 1 < K) taps.minus(group.taps + (t + 1) * K);
-                filter_row(taps, sums[1], input(row + t + 1), inside, ahead);
+                filter_row(taps, sums[1], input(row + t + 1), inside, fetch);
             }
         }
         unroll<2>([&](auto q) MKF_ALWAYS_INLINE {
@@ -303,17 +320,18 @@ private:
         });
     }
 
-    template <class Finish>
-    void all_taps(int r, int block, const Around& around, Finish& finish, int first, int count, Ahead& ahead) const {
+    template <class Finish, class Fetch>
+    void all_taps(int r, int block, const Around& around, Finish& finish, int first, int count,
+                  const Fetch& fetch) const {
         const int column = first_input_column(block);
         const Inside inside(column, in.columns);
         Vec sums[G::run], windows[G::run];
         begin(r, around, inside, sums, windows);
         for (int t = 0; t < K; ++t) {
             int row;
-            if (!G::input(first_row + r, t, row) || row < 0 || row >= in.rows) continue;
+            if (!G::input(first_row + r, t, row) || !exists(row)) continue;
             const Strided<const T> input{in.at(row, column), in.column_stride};
-            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside, ahead);
+            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside, fetch);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
