@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: candidates take turns, and ratios are taken turn by turn."""
+"""Timing that survives a noisy machine: candidates take turns in quiet moments, and ratios are taken turn by turn."""
 
 import ctypes
 import json
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mkf.benchmarks import quiet
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Result:
 
     Attributes:
         derived: What a suite works out of the turns, which are not written.
+        quiet: Share of the turns in which the machine was quiet; see `mkf.benchmarks.quiet`.
     """
 
     problem: dict[str, Any]
@@ -51,6 +54,7 @@ class Result:
     rows: list[Row]
     environment: dict[str, Any] = field(default_factory=lambda: environment())
     derived: dict[str, Any] = field(default_factory=dict)
+    quiet: float | None = None
 
     def row(self, name: str) -> Row:
         """The row of a candidate."""
@@ -60,6 +64,9 @@ class Result:
         """Median over turns of the time of `peer` / the time of `name`."""
         pairs = zip(self.row(peer).turns, self.row(name).turns, strict=True)
         return statistics.median(theirs / own for theirs, own in pairs)
+
+
+TRIES = 3  # at a turn, until one was quiet
 
 
 def take_turns(
@@ -72,38 +79,56 @@ def take_turns(
     """Time every candidate once a round, for `rounds` rounds, after two calls each to warm up.
 
     Each round has an order of its own, always the same ones: what one leaves in caches and memory, the next one finds.
+    A turn waits until the machine is quiet, and is taken again, after the others, if it was not so to its end: the
+    quietest of `TRIES` counts. Waiting takes no longer in all than the turns. What a candidate took chooses nothing.
 
     Args:
         candidates: Functions without arguments, by name.
         baseline: The one whose time the ratios divide by.
         problem: What the result should say about the problem.
         rounds: Turns. The median is over them.
-        seconds_a_turn: A candidate that is faster is called again until its turn has lasted about as long; its time is
-            the mean.
+        seconds_a_turn: A candidate that is faster is called again until its turn has lasted as long; its time is the
+            mean.
     """
-    calls = {}
-    for name, run in candidates.items():
+    for run in candidates.values():
         run()
-        calls[name] = max(1, round(seconds_a_turn / _timed(run, 1)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        run()
+    turns = []  # for each round: by name, how much the machine was disturbed, and the seconds of a call
     orders = random.Random(0)
+    patience = 1.0  # seconds left to wait
     for _ in range(rounds):
-        for name in orders.sample(list(candidates), len(candidates)):
-            seconds[name].append(_timed(candidates[name], calls[name]))
+        tries: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+        waiting = orders.sample(list(candidates), len(candidates))
+        while waiting:
+            name = waiting.pop(0)
+            start = time.perf_counter()
+            before = quiet.wait(patience)
+            waited = time.perf_counter()
+            seconds = _turn(candidates[name], seconds_a_turn)
+            patience += time.perf_counter() - waited - (waited - start)
+            tries[name].append((max(before, quiet.disturbance()), seconds))
+            if tries[name][-1][0] > quiet.QUIET and len(tries[name]) < TRIES:
+                waiting.append(name)
+        turns.append({name: min(of_name) for name, of_name in tries.items()})
     rows = []
-    for name, own in seconds.items():
-        ratios = sorted(a / b for a, b in zip(own, seconds[baseline], strict=True))
+    for name in candidates:
+        own = [turn[name][1] for turn in turns]
+        ratios = sorted(turn[name][1] / turn[baseline][1] for turn in turns)
         low, high = ratios[rounds // 10], ratios[-1 - rounds // 10]
         rows.append(Row(name, statistics.median(own), statistics.median(ratios), low, high, own))
-    return Result(problem, baseline, rows)
+    were_quiet = [disturbed <= quiet.QUIET for turn in turns for disturbed, _ in turn.values()]
+    return Result(problem, baseline, rows, quiet=statistics.fmean(were_quiet))
 
 
-def _timed(run: Callable[[], object], calls: int) -> float:
-    """Mean seconds of a call."""
-    start = time.perf_counter()
-    for _ in range(calls):
+def _turn(run: Callable[[], object], at_least: float) -> float:
+    """Mean seconds of a call, of as many as take `at_least` seconds."""
+    calls, start = 0, time.perf_counter()
+    while True:
         run()
-    return (time.perf_counter() - start) / calls
+        calls += 1
+        seconds = time.perf_counter() - start
+        if seconds >= at_least:
+            return seconds / calls
 
 
 def keep_memory() -> bool:

@@ -1,6 +1,7 @@
 """`mkf bench`: our operators against one read of memory and against their peers, as ratios in one run."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ def fit(
             table = Table(
                 "", "ms", "times the read", "10 % to 90 %", "GB/s", title_justify="left",
                 title=f"{filters:,} filters {k}x{k} {dtype}, {count} keys, {torch.get_num_threads()} threads",
+                caption=_quiet([result]), caption_justify="left",
             )  # fmt: skip
             size = filters * k * k * affine_fit.DTYPES[dtype].itemsize
             for row in result.rows:
@@ -112,7 +114,7 @@ def conv(
             results += own
             mode = "forward and backward" if backward else "forward"
             title = f"{name}: {mode}, {dtype}, {torch.get_num_threads()} threads"
-            table = Table(title=title, title_justify="left")
+            table = Table(title=title, title_justify="left", caption=_quiet(own), caption_justify="left")
             table.add_column("times as long as mkf")
             for s in shapes:
                 table.add_column(", ".join(map(str, s)), justify="right")
@@ -176,7 +178,9 @@ def model(
         what = mode if inference else f"{mode} ({' and '.join(trained)})"
         title = f"{name}, {what}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"
         caption = "removed: of what a network takes longer than the same without depthwise layers"
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        table = Table(
+            title=title, title_justify="left", caption=f"{caption}\n{_quiet([result])}", caption_justify="left"
+        )
         table.add_column("network")
         shares = {own: result.derived[label] for own, label in suite.SHARES.items() if label in result.derived}
         for word in ("ms", "images/s", "times as long as without", *(f"removed by {own}" for own in shares)):
@@ -211,6 +215,11 @@ def _draw(panels: Mapping[str, Mapping[str, float]], label: str, path: Path) -> 
     from mkf.analysis import figures
 
     figures.save(figures.bars(panels, label), path)
+
+
+def _quiet(results: Sequence[Any]) -> str:
+    share = statistics.fmean(result.quiet for result in results)
+    return f"the machine was quiet in {100 * share:.0f} % of the turns"
 
 
 def _has(result: Any, name: str) -> bool:
