@@ -49,8 +49,9 @@ def run(
     dtype: str = "float32",
     rounds: int = 15,
     names: Iterable[str] | None = None,
+    patience: float | None = None,
 ) -> Result:
     """Time all candidates on one problem, in turns, relative to one read of the filters."""
     filters, keys = problem(count, keys_count, k, DTYPES[dtype])
     what = {"operator": "affine_fit", "filters": count, "keys": keys_count, "k": k, "dtype": dtype}
-    return take_turns(candidates(filters, keys, names), READ, what, rounds)
+    return take_turns(candidates(filters, keys, names), READ, what, rounds, patience=patience)

@@ -138,6 +138,7 @@ def run(
     dtype: str = "float32",
     rounds: int = 15,
     names: Iterable[str] | None = None,
+    patience: float | None = None,
 ) -> Result:
     """Time all candidates on one problem, in turns, relative to the copy of x.
 
@@ -146,9 +147,7 @@ def run(
     """
     keep_memory()
     what = {"operator": "key_conv2d", "shape": list(shape), "case": case, "mode": mode, "dtype": dtype}
-    result = take_turns(
-        candidates(shape, case, mode, DTYPES[dtype], names=names), COPY, what, rounds, seconds_a_turn=0.004
-    )
+    result = take_turns(candidates(shape, case, mode, DTYPES[dtype], names=names), COPY, what, rounds, 0.004, patience)
     if any(row.name.rpartition(", ")[0] == MKF for row in result.rows):
         result.derived[f"times as long as {MKF}"] = {name: ratio for name, (ratio,) in times_as_long([result]).items()}
     return result

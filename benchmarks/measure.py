@@ -75,12 +75,13 @@ def take_turns(
     problem: dict[str, Any],
     rounds: int = 15,
     seconds_a_turn: float = 0.0,
+    patience: float | None = None,
 ) -> Result:
     """Time every candidate once a round, for `rounds` rounds, after two calls each to warm up.
 
     Each round has an order of its own, always the same ones: what one leaves in caches and memory, the next one finds.
     A turn waits until the machine is quiet, and is taken again, after the others, if it was not so to its end: the
-    quietest of `TRIES` counts. Waiting takes no longer in all than the turns. What a candidate took chooses nothing.
+    quietest of `TRIES` counts. What a candidate took chooses nothing.
 
     Args:
         candidates: Functions without arguments, by name.
@@ -89,23 +90,26 @@ def take_turns(
         rounds: Turns. The median is over them.
         seconds_a_turn: A candidate that is faster is called again until its turn has lasted as long; its time is the
             mean.
+        patience: Seconds to wait in all; as long as the turns take if None.
     """
     for run in candidates.values():
         run()
         run()
     turns = []  # for each round: by name, how much the machine was disturbed, and the seconds of a call
     orders = random.Random(0)
-    patience = 1.0  # seconds left to wait
+    left = 1.0 if patience is None else patience  # seconds to wait
     for _ in range(rounds):
         tries: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
         waiting = orders.sample(list(candidates), len(candidates))
         while waiting:
             name = waiting.pop(0)
             start = time.perf_counter()
-            before = quiet.wait(patience)
-            waited = time.perf_counter()
+            before = quiet.wait(left)
+            begin = time.perf_counter()
             seconds = _turn(candidates[name], seconds_a_turn)
-            patience += time.perf_counter() - waited - (waited - start)
+            left -= begin - start
+            if patience is None:
+                left += time.perf_counter() - begin
             tries[name].append((max(before, quiet.disturbance()), seconds))
             if tries[name][-1][0] > quiet.QUIET and len(tries[name]) < TRIES:
                 waiting.append(name)

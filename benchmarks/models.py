@@ -110,6 +110,7 @@ def run(
     names: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float32,
     train: Iterable[str] = TRAIN,
+    patience: float | None = None,
 ) -> Result:
     """Time a step of a timm model in all its variants and both layouts, in turns, relative to `NONE`.
 
@@ -150,7 +151,7 @@ def run(
     what: dict[str, Any] = {"model": name, "mode": mode, "batch": batch, "size": size, "order": order}
     what |= {"train": list(train)} if mode == "training" else {}
     what |= {"keys": list(keys.names), "dtype": str(dtype).removeprefix("torch.")}
-    result = take_turns(found, baseline, what, rounds)
+    result = take_turns(found, baseline, what, rounds, patience=patience)
     measured = {row.name.rpartition(", ")[0] for row in result.rows}
     for own, label in SHARES.items():
         if own in measured:

@@ -11,6 +11,8 @@ from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
 from mkf.cli._errors import user_errors
 
+_PATIENCE = "Seconds to wait for a quiet machine, for each problem; as long as the turns take if not given."
+
 app = typer.Typer(help="Time mkf against its peers; ratios in one run on this machine.", no_args_is_help=True)
 
 
@@ -21,6 +23,7 @@ def fit(
     k: Annotated[int, typer.Option(help="Kernel size: 3, 5, 7, 9 or 11.")] = 7,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 15,
+    patience: Annotated[float | None, typer.Option(min=0, help=_PATIENCE)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Candidates whose name starts so; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -43,7 +46,7 @@ def fit(
             torch.set_num_threads(threads)
         results = []
         for count in keys or [8, 50]:
-            result = affine_fit.run(filters, count, k, dtype, rounds, only)
+            result = affine_fit.run(filters, count, k, dtype, rounds, only, patience)
             table = Table(
                 "", "ms", "times the read", "10 % to 90 %", "GB/s", title_justify="left",
                 title=f"{filters:,} filters {k}x{k} {dtype}, {count} keys, {torch.get_num_threads()} threads",
@@ -79,6 +82,7 @@ def conv(
     backward: Annotated[bool, typer.Option(help="Forward and backward in place of forward.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 25,
+    patience: Annotated[float | None, typer.Option(min=0, help=_PATIENCE)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Candidates whose name starts so; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -110,10 +114,11 @@ def conv(
             raise ValueError(f"--figure shows times relative to those of {suite.MKF}: add --only {suite.MKF}")
         results, panels = [], {}
         for name in cases:
-            own = [suite.run(s, name, "backward" if backward else "forward", dtype, rounds, only) for s in shapes]
+            mode = "backward" if backward else "forward"
+            own = [suite.run(s, name, mode, dtype, rounds, only, patience) for s in shapes]  # type: ignore[arg-type]
             results += own
-            mode = "forward and backward" if backward else "forward"
-            title = f"{name}: {mode}, {dtype}, {torch.get_num_threads()} threads"
+            what = "forward and backward" if backward else "forward"
+            title = f"{name}: {what}, {dtype}, {torch.get_num_threads()} threads"
             table = Table(title=title, title_justify="left", caption=_quiet(own), caption_justify="left")
             table.add_column("times as long as mkf")
             for s in shapes:
@@ -151,6 +156,7 @@ def model(
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 8,
     size: Annotated[int, typer.Option(min=1, help="Height and width of an image.")] = 224,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that every candidate takes.")] = 5,
+    patience: Annotated[float | None, typer.Option(min=0, help=_PATIENCE)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as torch has them if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Variants whose name starts so; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -173,7 +179,8 @@ def model(
         mode = "inference" if inference else "training"
         trained = train or suite.TRAIN
         result = suite.run(
-            name, parse(keys), mode, batch, size, order, rounds, only, train=trained  # type: ignore[arg-type]
+            name, parse(keys), mode, batch, size, order, rounds, only,  # type: ignore[arg-type]
+            train=trained, patience=patience,
         )  # fmt: skip
         what = mode if inference else f"{mode} ({' and '.join(trained)})"
         title = f"{name}, {what}, batch {batch}, {size}x{size}, {keys} in {order}, {torch.get_num_threads()} threads"

@@ -68,6 +68,26 @@ def test_of_disturbed_turns_the_quietest_counts(disturbances, monkeypatch):
     assert next(seconds, None) is None
 
 
+@pytest.mark.parametrize(("patience", "waits"), [(None, [1, 3, 4]), (0.0, [0, 0, 0]), (10.0, [10, 8, 6])])
+def test_patience_is_what_there_is_to_wait_in_all(disturbances, monkeypatch, patience, waits):
+    clock, asked = [0.0], []
+
+    def wait(seconds):
+        asked.append(seconds)
+        clock[0] += min(2, seconds)
+        return 1.0
+
+    def turn(run, at_least):
+        clock[0] += 3
+        return 3.0
+
+    monkeypatch.setattr(quiet, "wait", wait)
+    monkeypatch.setattr(measure, "_turn", turn)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    measure.take_turns({"a": lambda: None}, "a", {}, rounds=3, patience=patience)
+    assert asked == waits
+
+
 def test_ratios_are_taken_turn_by_turn(disturbances, monkeypatch):
     seconds = {"a": iter([1.0, 2.0, 4.0]), "b": iter([2.0, 8.0, 4.0])}
     monkeypatch.setattr(measure, "_turn", lambda run, at_least: next(seconds[run()]))
