@@ -30,6 +30,7 @@ class Row:
         ratio: Median over turns of its time / the baseline's time in the same turn.
         low, high: 10th and 90th percentile of that ratio.
         turns: Its time in every turn; not written to files.
+        first_calls: That of the first call of every turn, when the caches hold what another left; not written either.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     low: float
     high: float
     turns: list[float] = field(default_factory=list, repr=False)
+    first_calls: list[float] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -60,10 +62,10 @@ class Result:
         """The row of a candidate."""
         return next(row for row in self.rows if row.name == name)
 
-    def times_faster(self, name: str, peer: str) -> float:
-        """Median over turns of the time of `peer` / the time of `name`."""
-        pairs = zip(self.row(peer).turns, self.row(name).turns, strict=True)
-        return statistics.median(theirs / own for theirs, own in pairs)
+    def times_faster(self, name: str, peer: str, first_call: bool = False) -> float:
+        """Median over turns of the time of `peer` / the time of `name`, of all calls or of the first one."""
+        own, theirs = ((row.first_calls if first_call else row.turns) for row in (self.row(name), self.row(peer)))
+        return statistics.median(t / o for t, o in zip(theirs, own, strict=True))
 
 
 TRIES = 3  # at a turn, until one was quiet
@@ -88,29 +90,29 @@ def take_turns(
         baseline: The one whose time the ratios divide by.
         problem: What the result should say about the problem.
         rounds: Turns. The median is over them.
-        seconds_a_turn: A candidate that is faster is called again until its turn has lasted as long; its time is the
-            mean.
+        seconds_a_turn: A candidate is called for as long without counting, and then until it has lasted as long again;
+            its time is the mean of the latter. If 0, a turn is one call.
         patience: Seconds to wait in all; as long as the turns take if None.
     """
     for run in candidates.values():
         run()
         run()
-    turns = []  # for each round: by name, how much the machine was disturbed, and the seconds of a call
+    turns = []  # for each round: by name, how much the machine was disturbed, and seconds: of a call, of the first one
     orders = random.Random(0)
     left = 1.0 if patience is None else patience  # seconds to wait
     for _ in range(rounds):
-        tries: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+        tries: dict[str, list[tuple[float, float, float]]] = {name: [] for name in candidates}
         waiting = orders.sample(list(candidates), len(candidates))
         while waiting:
             name = waiting.pop(0)
             start = time.perf_counter()
             before = quiet.wait(left)
             begin = time.perf_counter()
-            seconds = _turn(candidates[name], seconds_a_turn)
+            seconds, first_call = _turn(candidates[name], seconds_a_turn)
             left -= begin - start
             if patience is None:
                 left += time.perf_counter() - begin
-            tries[name].append((max(before, quiet.disturbance()), seconds))
+            tries[name].append((max(before, quiet.disturbance()), seconds, first_call))
             if tries[name][-1][0] > quiet.QUIET and len(tries[name]) < TRIES:
                 waiting.append(name)
         turns.append({name: min(of_name) for name, of_name in tries.items()})
@@ -119,12 +121,26 @@ def take_turns(
         own = [turn[name][1] for turn in turns]
         ratios = sorted(turn[name][1] / turn[baseline][1] for turn in turns)
         low, high = ratios[rounds // 10], ratios[-1 - rounds // 10]
-        rows.append(Row(name, statistics.median(own), statistics.median(ratios), low, high, own))
-    were_quiet = [disturbed <= quiet.QUIET for turn in turns for disturbed, _ in turn.values()]
+        first_calls = [turn[name][2] for turn in turns]
+        rows.append(Row(name, statistics.median(own), statistics.median(ratios), low, high, own, first_calls))
+    were_quiet = [disturbed <= quiet.QUIET for turn in turns for disturbed, *_ in turn.values()]
     return Result(problem, baseline, rows, quiet=statistics.fmean(were_quiet))
 
 
-def _turn(run: Callable[[], object], at_least: float) -> float:
+def _turn(run: Callable[[], object], at_least: float) -> tuple[float, float]:
+    """Mean seconds of a call, of as many as take `at_least` seconds after others that took as long; those of the first.
+
+    The first calls after another candidate's turn wait while what that one left in the caches is written to memory: how
+    long depends on who it was, and it takes milliseconds to end.
+    """
+    first_call = _mean(run, 0.0)
+    if at_least == 0.0:
+        return first_call, first_call
+    _mean(run, at_least - first_call)
+    return _mean(run, at_least), first_call
+
+
+def _mean(run: Callable[[], object], at_least: float) -> float:
     """Mean seconds of a call, of as many as take `at_least` seconds."""
     calls, start = 0, time.perf_counter()
     while True:
@@ -201,5 +217,5 @@ def write(results: list[Result], path: Path) -> None:
     records = [asdict(result) for result in results]
     for record in records:
         for row in record["rows"]:
-            del row["turns"]
+            del row["turns"], row["first_calls"]
     path.write_text(json.dumps(records, indent=1) + "\n")

@@ -26,13 +26,17 @@ def counted(log, name):
     return run
 
 
-def test_a_turn_lasts_as_long_as_it_should():
-    calls = []
-    seconds = measure._turn(lambda: calls.append(1), 0.01)
-    assert len(calls) > 10
-    assert seconds * len(calls) >= 0.01
+def test_a_turn_lasts_as_long_as_it_should(monkeypatch):
+    clock, calls = [0.0], []
+
+    def run():
+        calls.append(clock[0])
+        clock[0] += 5.0 if len(calls) == 1 else 2.0 if len(calls) < 6 else 1.0
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    assert measure._turn(run, 10.0) == (10 / 9, 5.0)  # counted are 2 and eight times 1, after 5 and three times 2
     calls.clear()
-    measure._turn(lambda: calls.append(1), 0.0)
+    assert measure._turn(run, 0.0) == (5.0, 5.0)
     assert len(calls) == 1
 
 
@@ -60,7 +64,7 @@ def test_a_disturbed_turn_is_taken_again_after_the_others(disturbances):
 
 def test_of_disturbed_turns_the_quietest_counts(disturbances, monkeypatch):
     seconds = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr(measure, "_turn", lambda run, at_least: next(seconds))
+    monkeypatch.setattr(measure, "_turn", lambda run, at_least: (next(seconds), 0.0))
     disturbances += [1.5, 1.5, 1.1, 1.2, 1.4, 1.3]
     result = measure.take_turns({"a": lambda: None}, "a", {}, rounds=1)
     assert result.row("a").turns == [3.0]
@@ -79,7 +83,7 @@ def test_patience_is_what_there_is_to_wait_in_all(disturbances, monkeypatch, pat
 
     def turn(run, at_least):
         clock[0] += 3
-        return 3.0
+        return 3.0, 3.0
 
     monkeypatch.setattr(quiet, "wait", wait)
     monkeypatch.setattr(measure, "_turn", turn)
@@ -90,11 +94,12 @@ def test_patience_is_what_there_is_to_wait_in_all(disturbances, monkeypatch, pat
 
 def test_ratios_are_taken_turn_by_turn(disturbances, monkeypatch):
     seconds = {"a": iter([1.0, 2.0, 4.0]), "b": iter([2.0, 8.0, 4.0])}
-    monkeypatch.setattr(measure, "_turn", lambda run, at_least: next(seconds[run()]))
+    monkeypatch.setattr(measure, "_turn", lambda run, at_least: (next(seconds[run()]), 7.0 if run() == "a" else 21.0))
     result = measure.take_turns({"a": lambda: "a", "b": lambda: "b"}, "a", {}, rounds=3)
     assert result.row("b").ratio == 2.0
     assert result.row("b").seconds == statistics.median([2.0, 8.0, 4.0])
     assert result.times_faster("a", "b") == 2.0
+    assert result.times_faster("a", "b", first_call=True) == 3.0
 
 
 def test_waiting_ends_when_it_is_quiet_or_when_patience_does(monkeypatch):
