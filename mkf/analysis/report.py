@@ -88,8 +88,8 @@ def notes(analysis: Analysis) -> list[str]:
     control = f" ({analysis.control.provenance})" if analysis.control.provenance else ""
     lines.append(
         "Every filter is counted under the key of largest |correlation|, whose mean is |corr|; resid is the median "
-        "(25%, 50%, 75%: quartiles) of the part of a filter's norm that scale * key + shift leaves over, 0 for a "
-        "linear shift of the key and 1 for nothing in common; random is its median with "
+        "(25%, 50%, 75%: quartiles) of the part of a filter's norm about its mean that scale * key + shift leaves "
+        "over, 0 for a linear shift of the key and 1 for nothing in common; random is its median with "
         f"{_plural(len(analysis.control), 'random key')}{control}; white-noise filters reach a |corr| of "
         f"{_decimal(analysis.noise_correlation)} with these keys by chance."
     )

@@ -219,7 +219,7 @@ def _training(
     from mkf.train import TrainConfig
     from mkf.train.data import count_classes
 
-    count_classes(data)  # wrong data are told first
+    classes = count_classes(data)  # wrong data are told first
     if (run / "model.safetensors").exists():
         raise FileExistsError(f"{run} holds the training of an earlier --finetune: delete it or choose another --out")
     told: dict[str, Any] = {"model_kwargs": {}}
@@ -233,7 +233,8 @@ def _training(
         if "model_kwargs" not in known:
             raise ValueError(f"{source} does not say which network it is: name it with --model")
         kwargs = json.loads(known["model_kwargs"])
-        kwargs.pop("num_classes")
+        if kwargs.pop("num_classes") != classes:
+            raise ValueError(f"{data} has {classes} classes, the network in {source} another number of them")
         told |= {"model": known["model"], "model_kwargs": kwargs, "weights": str(path)}
         image_size = image_size or int(known["image_size"])
     return TrainConfig(

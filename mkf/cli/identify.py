@@ -13,6 +13,8 @@ from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
 
+NOISE = 1000  # filters of white noise, always the same ones, as the control
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.progress import Progress, TaskID
@@ -45,7 +47,8 @@ def command(
     """Name every filter: Gaussian, one-sided or central difference, second difference, difference of Gaussians.
 
     Keys are listed one by one with their scales in pixels; of a bank the share of each kind is told, with the medians
-    of its filters' scales and residuals. In 3x3 a Gaussian, a second difference and a difference of Gaussians can be
+    of its filters' scales and residuals, and below them what white noise of that size gets, which has names too: near
+    its residuals a name means nothing. In 3x3 a Gaussian, a second difference and a difference of Gaussians can be
     the same filter, and is then called by the first of these names; a central difference has no scale along its axis.
     A scale that is marked >= is the largest that is looked for.
     """
@@ -124,8 +127,11 @@ def _key_table(source: str, keys: KeySet, found: Identification) -> Table:
 
 
 def _bank_table(title: str, found: Identification, k: int) -> Table:
-    """One row per kind that occurs, the most frequent first: the quartiles are of that kind's filters."""
+    """One row per kind that occurs, the most frequent first, and one of noise; quartiles are of the row's filters."""
     import numpy as np
+    import torch
+
+    from mkf.analysis import identify
 
     table = _table(title)
     table.add_column("kind")
@@ -141,6 +147,10 @@ def _bank_table(title: str, found: Identification, k: int) -> Table:
             kind, f"{count:,}", f"{100 * count / len(found):.1f}", positive.rstrip("%"),
             *(_scale(s, k) for s in medians), *map(_number, quartiles),
         )  # fmt: skip
+    noise = identify(torch.randn(NOISE, k, k, generator=torch.Generator().manual_seed(0)))
+    table.add_section()
+    quartiles = np.quantile(noise.residual, [0.25, 0.5, 0.75])
+    table.add_row("white noise", f"{NOISE:,}", "", "", "", "", *map(_number, quartiles))
     return table
 
 

@@ -85,6 +85,14 @@ def test_a_bank_is_summed_up(bank_dir: Path) -> None:
     assert "constant" in result.stdout
 
 
+def test_noise_is_the_control(bank_dir: Path) -> None:
+    lines = [line.split() for line in identify(bank_dir).stdout.splitlines() if line.strip().startswith("white noise")]
+    expected = mkf.analysis.identify(torch.randn(1000, 7, 7, generator=torch.Generator().manual_seed(0))).residual
+    of_3x3, of_7x7 = (list(map(float, line[-3:])) for line in lines)
+    assert of_7x7 == [pytest.approx(torch.tensor(expected).quantile(q).item(), abs=1e-3) for q in (0.25, 0.5, 0.75)]
+    assert of_7x7[1] > 0.9 > of_3x3[1]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_rows(bank_dir: Path, tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"rows.{suffix}"

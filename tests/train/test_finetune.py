@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ import mkf
 from mkf.bank.checkpoint import state_dict
 from mkf.cli import app
 from mkf.train import TrainConfig, build_model, learned_filters, train
+from tests.train.conftest import WriteImages
 
 TINY = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4}
 
@@ -69,6 +71,23 @@ def test_what_was_trained_is_what_is_written(colours: Path, tmp_path: Path, comp
     written = state_dict(out)
     assert trained.keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in trained.items())
+
+
+def test_data_of_other_classes_are_told_before_the_conversion(
+    colours: Path, tmp_path: Path, write_images: WriteImages
+) -> None:
+    assert run(*train_words(colours, tmp_path / "run"))[0] == 0
+    images = [Image.new("RGB", (16, 16))] * 3
+    for split in ("train", "val"):
+        write_images(tmp_path / "three" / f"{split}-00000-of-00001.parquet", images, [0, 1, 2])
+    out = tmp_path / "keys.safetensors"
+    source = tmp_path / "run" / "model.safetensors"
+    code, stdout, stderr = run(
+        "convert", source, "--keys", "analytic:B:3", "--out", out, "--finetune", tmp_path / "three"
+    )
+    assert (code, stdout) == (1, "")
+    assert "three has 3 classes, the network in" in stderr
+    assert not out.exists()
 
 
 def test_trained_from_scratch_with_keys(colours: Path, tmp_path: Path) -> None:
