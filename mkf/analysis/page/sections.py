@@ -121,8 +121,8 @@ def shares(analysis: Analysis) -> str:
     return (
         "<p>Every live filter is counted under the key of largest |correlation|. The residual is the median part of a "
         "filter's norm about its mean that <i>a · key + b</i> leaves over; <i>random</i> is the same with as many "
-        f"random keys. <i>dimension</i> tells over how many of {analysis.keys.kernel_size**2 - 1} the filters spread (participation "
-        "ratio); <i>dead</i> counts constant and not finite ones.</p>"
+        f"random keys. <i>dimension</i> tells over how many of {analysis.keys.kernel_size**2 - 1} the filters spread "
+        "(participation ratio); <i>dead</i> counts constant and not finite ones.</p>"
         f"{_legend(analysis)}<table class='shares'><thead><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
         f"{_families(analysis)}"
