@@ -115,7 +115,7 @@ def take_turns(
             tries[name].append((max(before, quiet.disturbance()), seconds, first_call))
             if tries[name][-1][0] > quiet.QUIET and len(tries[name]) < TRIES:
                 waiting.append(name)
-        turns.append({name: min(of_name) for name, of_name in tries.items()})
+        turns.append({name: min(of_name, key=lambda tried: tried[0]) for name, of_name in tries.items()})
     rows = []
     for name in candidates:
         own = [turn[name][1] for turn in turns]
