@@ -136,7 +136,8 @@ def _turn(run: Callable[[], object], at_least: float) -> tuple[float, float]:
     first_call = _mean(run, 0.0)
     if at_least == 0.0:
         return first_call, first_call
-    _mean(run, at_least - first_call)
+    if first_call < at_least:
+        _mean(run, at_least - first_call)
     return _mean(run, at_least), first_call
 
 

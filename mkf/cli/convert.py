@@ -233,8 +233,9 @@ def _training(
         if "model_kwargs" not in known:
             raise ValueError(f"{source} does not say which network it is: name it with --model")
         kwargs = json.loads(known["model_kwargs"])
-        if kwargs.pop("num_classes") != classes:
-            raise ValueError(f"{data} has {classes} classes, the network in {source} another number of them")
+        trained = kwargs.pop("num_classes")
+        if trained != classes:
+            raise ValueError(f"{data} has {classes} classes, the network in {source} {trained}: give data with as many")
         told |= {"model": known["model"], "model_kwargs": kwargs, "weights": str(path)}
         image_size = image_size or int(known["image_size"])
     return TrainConfig(

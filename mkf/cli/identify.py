@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,6 @@ import typer
 from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stderr, stdout
 from mkf.cli._errors import user_errors
-
-NOISE = 1000  # filters of white noise, always the same ones, as the control
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from mkf.keys import KeySet
 
 _SUFFIXES = (".csv", ".json")
+_NOISE = 1000  # filters of white noise, always the same ones, as the control
 _COLUMNS = (
     "kind", "name", "sign", "scale_x", "scale_y", "alpha", "amplitude", "offset", "residual", "moment_scale_x",
     "moment_scale_y",
@@ -129,9 +129,6 @@ def _key_table(source: str, keys: KeySet, found: Identification) -> Table:
 def _bank_table(title: str, found: Identification, k: int) -> Table:
     """One row per kind that occurs, the most frequent first, and one of noise; quartiles are of the row's filters."""
     import numpy as np
-    import torch
-
-    from mkf.analysis import identify
 
     table = _table(title)
     table.add_column("kind")
@@ -147,11 +144,20 @@ def _bank_table(title: str, found: Identification, k: int) -> Table:
             kind, f"{count:,}", f"{100 * count / len(found):.1f}", positive.rstrip("%"),
             *(_scale(s, k) for s in medians), *map(_number, quartiles),
         )  # fmt: skip
-    noise = identify(torch.randn(NOISE, k, k, generator=torch.Generator().manual_seed(0)))
     table.add_section()
-    quartiles = np.quantile(noise.residual, [0.25, 0.5, 0.75])
-    table.add_row("white noise", f"{NOISE:,}", "", "", "", "", *map(_number, quartiles))
+    table.add_row("white noise", f"{_NOISE:,}", "", "", "", "", *map(_number, _quartiles_of_noise(k)))
     return table
+
+
+@cache
+def _quartiles_of_noise(k: int) -> Any:
+    import numpy as np
+    import torch
+
+    from mkf.analysis import identify
+
+    noise = torch.randn(_NOISE, k, k, generator=torch.Generator().manual_seed(0))
+    return np.quantile(identify(noise).residual, [0.25, 0.5, 0.75])
 
 
 def _table(title: str) -> Table:

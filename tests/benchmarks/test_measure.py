@@ -36,6 +36,9 @@ def test_a_turn_lasts_as_long_as_it_should(monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     assert measure._turn(run, 10.0) == (10 / 9, 5.0)  # counted are 2 and eight times 1, after 5 and three times 2
     calls.clear()
+    assert measure._turn(run, 5.0) == (2.0, 5.0)  # the first was long enough; counted are three times 2
+    assert len(calls) == 4
+    calls.clear()
     assert measure._turn(run, 0.0) == (5.0, 5.0)
     assert len(calls) == 1
 
