@@ -149,7 +149,8 @@ PYBIND11_MODULE(_native, m) {
     py::enum_<mkf::Isa>(m, "Isa")
         .value("portable", mkf::Isa::portable)
         .value("avx2", mkf::Isa::avx2)
-        .value("avx512", mkf::Isa::avx512);
+        .value("avx512", mkf::Isa::avx512)
+        .value("avx512_bf16", mkf::Isa::avx512_bf16);
     m.def("cpu_runs", &mkf::cpu_runs, py::arg("isa"), "Whether this build and this processor can run `isa`.");
     m.def("isa", &mkf::isa_in_use, "The best that can run, or the one that MKF_ISA names.");
 

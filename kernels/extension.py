@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ISAS = ("avx512", "avx2", "portable")  # the best first
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as csrc/common/scalar.hpp counts
 

@@ -31,7 +31,7 @@ void affine_fit_cpu(const AffineFit& problem, Isa isa, int threads) {
     expect_to_fill(problem.residual, output_bytes);
     const ArrangedKeys keys{groups.data(), by_tap.data(), padded};
 #if defined(MKF_X86)
-    if (isa == Isa::avx512) return avx512::affine_fit(padded_problem, keys, threads);
+    if (isa >= Isa::avx512) return avx512::affine_fit(padded_problem, keys, threads);
     if (isa == Isa::avx2) return avx2::affine_fit(padded_problem, keys, threads);
 #endif
     (void)isa;

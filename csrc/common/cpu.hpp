@@ -18,12 +18,18 @@
 
 namespace mkf {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// Each includes those before it; avx512_bf16 is avx512 with one instruction more, in lanes.hpp.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 inline bool cpu_runs(Isa isa) {
 #if defined(MKF_X86)
     __builtin_cpu_init();
     switch (isa) {
+#if defined(__clang__) || __GNUC__ >= 10  // others do not know it
+        case Isa::avx512_bf16: return cpu_runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+        case Isa::avx512_bf16: return false;
+#endif
         case Isa::avx512:  // as setup.py tells the compiler
             return cpu_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -40,7 +46,8 @@ struct NamedIsa {
     Isa isa;
     const char* name;
 };
-constexpr NamedIsa isas[] = {{Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};  // best first
+constexpr NamedIsa isas[] = {  // best first
+    {Isa::avx512_bf16, "avx512_bf16"}, {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};
 
 // The best that this processor runs, or the one that the environment variable MKF_ISA names. Looks at every call: the
 // variable may change, and reading it from Python takes as long as a small layer.

@@ -98,6 +98,8 @@ inline Vec load(const BFloat16* p, const Lanes& lanes) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
 
+inline Vec load(const BFloat16* p) { return load_floats(p); }
+
 // The nearest bfloat16 in the upper half of each lane.
 inline __m512i rounded(Vec a) {
     const __m512i b = _mm512_castps_si512(a.v);
@@ -106,8 +108,18 @@ inline __m512i rounded(Vec a) {
                                                     _mm512_set1_epi32(-0x8000), 0xae);
     return _mm512_sub_epi32(b, minus);
 }
-inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
-    _mm256_mask_storeu_epi16(p, lanes.mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
+inline __m256i to_bfloat16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)); }
+inline void store(BFloat16* p, Vec a, const Lanes& lanes) { _mm256_mask_storeu_epi16(p, lanes.mask, to_bfloat16(a)); }
+
+// All lanes. If the processor `converts`, one instruction rounds them; it takes subnormal numbers for zero.
+inline void store(BFloat16* p, Vec a, bool converts) {
+    __m256i b;
+#if defined(__GNUC__)
+    if (converts) asm("vcvtneps2bf16 %1, %0" : "=v"(b) : "v"(a.v));  // as text: compilers take it for another level
+    else
+#endif
+        b = to_bfloat16(a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b);
 }
 
 constexpr bool has_pairs = true;

@@ -27,7 +27,7 @@ std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& table, Isa isa, int threads) {
 #if defined(MKF_X86)
-    if (isa == Isa::avx512) return avx512::key_conv2d(p, tensors, table, threads);
+    if (isa >= Isa::avx512) return avx512::key_conv2d(p, tensors, table, threads);
     if (isa == Isa::avx2) return avx2::key_conv2d(p, tensors, table, threads);
 #endif
     (void)isa;
@@ -36,7 +36,7 @@ void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTable& ta
 
 void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyTable& table, Isa isa, int threads) {
 #if defined(MKF_X86)
-    if (isa == Isa::avx512) return avx512::key_conv2d_backward(p, tensors, table, threads);
+    if (isa >= Isa::avx512) return avx512::key_conv2d_backward(p, tensors, table, threads);
     if (isa == Isa::avx2) return avx2::key_conv2d_backward(p, tensors, table, threads);
 #endif
     (void)isa;
@@ -113,11 +113,12 @@ void KeyConv2dCpu::split(int key) {
     value(table.splits, key) = 1.0f;
 }
 
-KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels) const {
+KeyConv2d KeyConv2dCpu::with(const KeyConv2dChannels& channels, Isa isa) const {
     KeyConv2d p = problem;
     p.index = channels.index;
     p.scale = channels.scale;
     p.shift = channels.shift;
+    p.converts = isa == Isa::avx512_bf16;
     return p;
 }
 
@@ -129,7 +130,7 @@ bool KeyConv2dCpu::normalizes() const {
 
 void KeyConv2dCpu::forward(const KeyConv2dChannels& channels, const KeyConv2dForward& tensors, Isa isa,
                            int threads) const {
-    KeyConv2d p = with(channels);
+    KeyConv2d p = with(channels, isa);
     const std::vector<std::int32_t> order = by_key(p);
     p.order = order.data();
     const std::int64_t bytes = p.batch * p.channels * p.out_height() * p.out_width() * size_of(p.dtype);
@@ -140,7 +141,7 @@ void KeyConv2dCpu::forward(const KeyConv2dChannels& channels, const KeyConv2dFor
 
 void KeyConv2dCpu::backward(const KeyConv2dChannels& channels, const KeyConv2dBackward& tensors, Isa isa,
                             int threads) const {
-    KeyConv2d p = with(channels);
+    KeyConv2d p = with(channels, isa);
     const std::vector<std::int32_t> order = by_key(p);
     p.order = order.data();
     if (tensors.dx) expect_to_fill(tensors.dx, p.batch * p.channels * p.height * p.width * size_of(p.dtype));

@@ -56,6 +56,23 @@ static bool is_small(const KeyConv2d& p) {
 // With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
 constexpr bool mirrors_pay = Vec::width != 8;
 
+// The channels of the `vector`-th of a tensor. Two vectors of bfloat16 share lines of memory. Each has a half of a line,
+// which is cheaper to write and keeps blocks of equal keys together, unless both halves hold keys that read their inputs
+// more than once: pairs are cheaper to read.
+template <class View>
+static Channels channels_of(const KeyConv2d& p, const KeyTable& table, std::int64_t vector) {
+    if constexpr (View::arrangement == Arrangement::alternate) {
+        const auto rereads = [&](std::int64_t half) {
+            const Vec key = load_int(p.index + half * Vec::width);
+            const auto about = [&](int i) { return lookup(table.entry(i), table.count, key); };
+            return bits(about(table.direct) > zero()) != 0 || bits(about(table.terms) > broadcast(1.0f)) != 0;
+        };
+        const std::int64_t first = vector / 2 * 2;
+        if (!rereads(first) || !rereads(first + 1)) return Channels(p, Arrangement::following, vector);
+    }
+    return Channels(p, View::arrangement, vector);
+}
+
 enum class Weights {
     whole,  // scale * key + shift
     key,    // the key alone

@@ -31,6 +31,7 @@ struct Task {
 template <class G>
 struct Tasks {
     static constexpr int most_at_once = 48 / Vec::width;
+    int rows, input_rows;  // of a strip, but for what it shares with others
     int groups, strips, together, band;
     bool all_at_once;  // all channels take turns on a strip
     bool small;        // an image is not worth a strip, nor to be fetched ahead
@@ -38,8 +39,10 @@ struct Tasks {
     std::int64_t batch, count;
 
     Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
-        : groups(static_cast<int>(vectors.end - vectors.first)),
-          strips(static_cast<int>((out_rows + G::run - 1) / G::run)),
+        : rows(is_one_strip(p, out_rows) ? 2 * G::run : G::run),
+          input_rows(rows / G::run * G::block),
+          groups(static_cast<int>(vectors.end - vectors.first)),
+          strips(static_cast<int>((out_rows + rows - 1) / rows)),
           together(!p.channels_last                                         ? 1
                    : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width
                                                                         : groups),
@@ -50,6 +53,13 @@ struct Tasks {
           count((p.batch + images - 1) / images * strips * groups) {
         const std::int64_t at_least = std::max<std::int64_t>(p.batch, 1), bands = (threads + at_least - 1) / at_least;
         band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
+    }
+
+    // Whether an image that is higher than a run is one strip all the same: of direct taps, pairs of rows are cheaper
+    // than single ones (larger images then no longer fit into the first cache).
+    static bool is_one_strip(const KeyConv2d& p, std::int64_t out_rows) {
+        return G::down == 1 && G::up == 1 && out_rows <= 2 * G::run &&
+               std::all_of(p.direct, p.direct + p.keys_count, [](bool direct) { return direct; });
     }
 
     int in_image() const { return strips * groups; }
@@ -93,25 +103,38 @@ struct Tasks {
     }
 };
 
+// How a vector of outputs is stored.
+struct Stored {
+    LastLanes lanes;
+    bool converts;  // see KeyConv2d
+
+    Stored(const KeyConv2d& p, const Channels& channels) : lanes(channels.skipped), converts(p.converts) {}
+};
+
 // Stores a run of outputs.
 template <class T, int N>
-MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N],
-                                           const LastLanes& lanes) {
+MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N], const Stored& how) {
     T* to = out.at(run.row, run.column);
     const std::ptrdiff_t stride = out.column_stride;
-    if (run.count == N && lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
-        unroll<N>([&](auto j) MKF_ALWAYS_INLINE { store(to + j * stride, values[j]); });
+    if (run.count == N && how.lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
+        const bool converts = how.converts;
+        unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
+            if constexpr (std::is_same_v<T, BFloat16>) store(to + j * stride, values[j], converts);
+            else store(to + j * stride, values[j]);
+        });
         return;
     }
     unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-        if (j < run.count) store(to + j * stride, values[j], lanes);
+        if (j >= run.count) return;
+        if constexpr (std::is_same_v<T, BFloat16>) store(to + j * stride, values[j], how.converts);
+        else store(to + j * stride, values[j], how.lanes);
     });
 }
 
 template <class T>
 struct Store {
     Plane<T> out;
-    LastLanes stored;
+    Stored stored;
 
     void column(Vec) {}
     bool wants_columns() const { return false; }
@@ -144,30 +167,30 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
         // Every thread looks its groups up: that is quicker than to wait for another processor's cache.
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i)
-            fill(groups[i], p, table, tensors.bias, Channels(p, View::arrangement, vectors.first + i), Weights::whole,
+            fill(groups[i], p, table, tensors.bias, channels_of<View>(p, table, vectors.first + i), Weights::whole,
                  false, false);
         alignas(64) Ring<G> ring;
         View reading, writing;
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];
             const Group<G::k>& group = groups[task.group];
-            const int row = task.strip * G::run, rows = std::min(G::run, out_rows - row);
+            const int row = task.strip * tasks.rows, rows = std::min(tasks.rows, out_rows - row);
             Ahead ahead;
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                tasks.fetch(ahead, 0, x, task, next, channels, G::block, G::before, G::after, x.columns);
-                if (!buffer) tasks.fetch(ahead, 1, out, task, next, channels, G::run, 0, 0, x.columns);
+                tasks.fetch(ahead, 0, x, task, next, channels, tasks.input_rows, G::before, G::after, x.columns);
+                if (!buffer) tasks.fetch(ahead, 1, out, task, next, channels, tasks.rows, 0, 0, x.columns);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
                 for (std::int64_t image = task.image; image < task.end; ++image) {
                     const auto in = reading.template read<Pixel>(x, image, group.channels, S::first_input_row(row),
-                                                                 S::end_of_input_rows(row));
+                                                                 S::end_of_input_rows(row, rows));
                     Store<Pixel> finish{
                         writing.template write<Pixel>(out, buffer ? 0 : image, group.channels, row, row + rows),
-                        LastLanes(group.channels.skipped)};
+                        Stored(p, group.channels)};
                     if (tasks.small) SmallImage<G, Pixel>(in, group).run(finish);
                     else S(in, group, row, rows, out_columns, ring).run(finish, ahead);
                     writing.written();
@@ -213,7 +236,7 @@ struct Gradients {
     Plane<const T> x;  // without pixels where not needed
     Plane<T> dx;       // without pixels where not asked for
     const Group<G::k>& group;
-    LastLanes stored;
+    Stored stored;
     bool of_scale, of_bias;
     Total d_scale, d_shift, d_bias;
 
@@ -278,7 +301,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         const ChannelNorm norm(tensors.norm, p.channels);
         const std::unique_ptr<Group<G::k>[]> groups(new Group<G::k>[tasks.groups]);
         for (int i = 0; i < tasks.groups; ++i) {
-            fill(groups[i], p, table, nullptr, Channels(p, View::arrangement, vectors.first + i),
+            fill(groups[i], p, table, nullptr, channels_of<View>(p, table, vectors.first + i),
                  tensors.d_scale ? Weights::key : Weights::whole, true, tensors.d_shift != nullptr);
             if (!tensors.dx && !tensors.d_scale) groups[i].keep_only_sum(tensors.d_shift != nullptr);
         }
@@ -287,7 +310,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         for (std::int64_t i = first; i < last; ++i) {
             const Task task = tasks[i];
             const Group<G::k>& group = groups[task.group];
-            const int row = task.strip * G::run, end = std::min(row + G::run, rows);
+            const int row = task.strip * tasks.rows, end = std::min(row + tasks.rows, rows);
             if constexpr (std::is_same_v<T, float>) {
                 if (tensors.norm && i % cut == 0) {
                     const float* const out = tensors.out + task.image * bands.size;
@@ -301,18 +324,20 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             if (p.channels_last && i + task.beside < last) {
                 const Task next = tasks[i + task.beside];
                 const Channels& channels = groups[next.group].channels;
-                if (!buffer) tasks.fetch(ahead, 0, dy, task, next, channels, G::block, G::before, G::after, dy.columns);
-                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, G::run, 0, 0, dy.columns);
-                tasks.fetch(ahead, 2, dx, task, next, channels, G::run, 0, 0, dy.columns);
+                if (!buffer)
+                    tasks.fetch(ahead, 0, dy, task, next, channels, tasks.input_rows, G::before, G::after, dy.columns);
+                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, tasks.rows, 0, 0, dy.columns);
+                tasks.fetch(ahead, 2, dx, task, next, channels, tasks.rows, 0, 0, dy.columns);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
-                Gradients<G, Pixel> finish{{}, {}, group, LastLanes(group.channels.skipped), tensors.d_scale != nullptr,
+                Gradients<G, Pixel> finish{{}, {}, group, Stored(p, group.channels), tensors.d_scale != nullptr,
                                            tensors.d_bias != nullptr, {}, {}, {}};
                 for (std::int64_t image = task.image; image < task.end; ++image) {
-                    const auto in = reading_dy.template read<Pixel>(dy, buffer ? 0 : image, group.channels,
-                                                                    S::first_input_row(row), S::end_of_input_rows(row));
+                    const auto in =
+                        reading_dy.template read<Pixel>(dy, buffer ? 0 : image, group.channels, S::first_input_row(row),
+                                                        S::end_of_input_rows(row, end - row));
                     if (needs_x) finish.x = reading_x.template read<Pixel>(x, image, group.channels, row, end);
                     if (tensors.dx) finish.dx = writing.template write<Pixel>(dx, image, group.channels, row, end);
                     if (tasks.small) SmallImage<G, Pixel>(in, group).run(finish);
@@ -345,7 +370,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         }
     }
     for (int i = 0; i < tasks.groups; ++i) {
-        const Channels channels(p, View::arrangement, vectors.first + i);
+        const Channels channels = channels_of<View>(p, table, vectors.first + i);
         for (int lane = channels.skipped; lane < channels.lanes.count; ++lane) {
             const std::int32_t c = channels.each[lane];
             if (tensors.d_scale) tensors.d_scale[c] = static_cast<float>(sums[i].scale[lane]);

@@ -32,6 +32,7 @@ enum class Arrangement {
 // The channels of one vector.
 struct Channels {
     Lanes lanes{Vec::width};
+    Arrangement arrangement{};
     bool second = false;                 // of two that alternate
     bool neighbours = false;             // in memory, and all there
     int skipped = 0;                     // of the first, which the vector before has
@@ -39,14 +40,14 @@ struct Channels {
 
     Channels() = default;
     // Those of the `vector`-th of a tensor.
-    Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) {
+    Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) : arrangement(arrangement) {
         std::int64_t first = vector * Vec::width;
         if (arrangement == Arrangement::filling) {
             skipped = static_cast<int>(std::max<std::int64_t>(0, first + Vec::width - p.channels));
             first -= skipped;
         }
-        neighbours = arrangement == Arrangement::filling;
         lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
+        neighbours = arrangement == Arrangement::filling || (arrangement == Arrangement::following && lanes.full());
         second = arrangement == Arrangement::alternate && vector % 2 == 1;
         for (int i = 0; i < Vec::width; ++i) {
             const std::int64_t at = first + std::min(i, lanes.count - 1);
@@ -95,12 +96,14 @@ struct Run {
 template <class T>
 struct InPlace {
     static constexpr bool in_pairs = !std::is_same_v<T, float>;
+    // Where alternate, `channels_of` may prefer following.
     static constexpr Arrangement arrangement = in_pairs ? Arrangement::alternate : Arrangement::filling;
 
     // Calls body with a pixel of the type by which these channels are read and written.
     template <class Body>
     static void with_pixel(const Channels& channels, const Body& body) {
         if constexpr (!in_pairs) body(float{});
+        else if (channels.arrangement == Arrangement::following) body(BFloat16{});
         else if (channels.second) body(OfPair<true>{});
         else body(OfPair<false>{});
     }

@@ -75,16 +75,20 @@ public:
         : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring),
           rows_of_taps(group.direct ? count_rows_of_taps() : 0) {}
 
-    // The rows of the input that the outputs from first_row on need.
+    // The rows of the input that the outputs [first_row, first_row + rows) need.
     static int first_input_row(int first_row) { return first_row / G::up * G::down - G::before; }
-    static int end_of_input_rows(int first_row) { return first_input_row(first_row) + G::inputs; }
+    static int end_of_input_rows(int first_row, int rows) {
+        return first_input_row(first_row + (rows - 1) / G::run * G::run) + G::inputs;
+    }
 
     template <class Finish>
     MKF_NEVER_INLINE void run(Finish& finish, Ahead& ahead) {
         const int blocks = (columns + G::run - 1) / G::run;
         for (int b = 0; b < blocks; ++b) {
-            downwards(b, b == 0 ? 0 : G::after, G::block, finish, ahead);
-            downwards(b + 1, 0, G::after, finish, ahead);
+            for (int part = 0; part * G::run < rows; ++part) {
+                downwards(part, b, b == 0 ? 0 : G::after, G::block, finish, ahead);
+                downwards(part, b + 1, 0, G::after, finish, ahead);
+            }
             sideways(b, finish, ahead);
         }
     }
@@ -124,13 +128,13 @@ private:
     }
 
     template <class Finish>
-    void downwards(int block, int begin, int end, Finish& finish, Ahead& ahead) {
+    void downwards(int part, int block, int begin, int end, Finish& finish, Ahead& ahead) {
         const int first = block * G::block + begin, last = std::min(block * G::block + end, in.columns);
         if (!looks_downwards(finish)) return;
         // Known to be the same after every store:
         const bool has_box = group.has_box, direct = group.direct, columns_wanted = finish.wants_columns();
         const int terms = group.terms;
-        const int first_input = first_input_row(first_row);
+        const int first_input = first_input_row(first_row + part * G::run);
         const Inside inside(first_input, in.rows);
         const std::ptrdiff_t row_stride = in.row_stride, column_stride = in.column_stride;
         const T* column = in.at(first_input, first);
@@ -152,7 +156,7 @@ private:
                 Ones<G> ones(windows);
                 filter<G>(input, inside, ones);
             }
-            if (has_box) keep(terms, windows);
+            if (has_box) keep(terms + part, windows);
             if (columns_wanted) {
                 if (Ones<G>::has_own && has_box) {
                     finish.column(windows[Ones<G>::own]);
@@ -223,11 +227,15 @@ private:
         return {around.before[plane][r], around.here[plane][r], around.after[plane][r]};
     }
 
+    RingRow windows_row(int r, const Around& around) const {
+        return ring_row(group.terms + r / G::run, r % G::run, around);
+    }
+
     void begin(int r, const Around& around, Inside inside, Vec (&sums)[G::run], Vec (&windows)[G::run]) const {
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = group.start; });
         if (!group.has_box) return;
         Ones<G> ones(windows);
-        filter<G>(ring_row(group.terms, r, around), inside, ones);
+        filter<G>(windows_row(r, around), inside, ones);
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = fma(group.box, windows[j], sums[j]); });
     }
 
@@ -314,7 +322,7 @@ private:
         unroll<2>([&](auto q) MKF_ALWAYS_INLINE {
             if (group.has_box) {
                 Ones<G> ones(windows[q]);
-                filter<G>(ring_row(group.terms, r + q, around), inside, ones);
+                filter<G>(windows_row(r + q, around), inside, ones);
             }
             finish(Run{first_row + r + q, first, count}, sums[q], windows[q]);
         });

@@ -28,6 +28,7 @@ struct KeyConv2d {
     const std::int32_t* index;      // (channels,)
     const float *scale, *shift;     // (channels,)
     const std::int32_t* order;      // (channels,): all, in the order in which vectors take them; channels-first only
+    bool converts = false;          // the processor has an instruction that rounds to bfloat16
 
     std::int64_t out_height() const { return (height - 1) / stride + 1; }
     std::int64_t out_width() const { return (width - 1) / stride + 1; }
@@ -103,7 +104,7 @@ private:
     float& value(int entry, int number) { return values[static_cast<std::size_t>(entry) * table.padded + number]; }
     void split(int key);
     float mirror(int first, int number);
-    KeyConv2d with(const KeyConv2dChannels& channels) const;
+    KeyConv2d with(const KeyConv2dChannels& channels, Isa isa) const;
 };
 
 #define MKF_KEY_CONV2D_FOR(isa)                                                                        \

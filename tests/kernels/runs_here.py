@@ -15,14 +15,21 @@ from mkf.kernels import extension, registry
 ROOT = Path(__file__).parents[2]
 
 
+def cpu_runs(isa: str) -> bool:
+    """Whether the extension is there and this processor has one of its instruction sets."""
+    if extension.missing() is not None:
+        return False
+    native = extension.native()
+    return bool(native.cpu_runs(getattr(native.Isa, isa)))
+
+
 def runnable(operator: str) -> Iterator[tuple[str, str | None]]:
     """(backend, instruction set) of every implementation of an operator that can run on the CPU here."""
     for implementation in registry.implementations(operator):
         if implementation.why_not(torch.device("cpu")) is not None:
             continue
         if implementation.name == "native":
-            native = extension.native()
-            yield from (("native", isa) for isa in extension.ISAS if native.cpu_runs(getattr(native.Isa, isa)))
+            yield from (("native", isa) for isa in extension.ISAS if cpu_runs(isa))
         else:
             yield implementation.name, None
 

@@ -16,7 +16,7 @@ from mkf import keys as key_sets
 from mkf.kernels import extension, registry
 from mkf.kernels.key_conv2d.plan import make_plan
 from tests.kernels import key_conv2d_float64 as float64
-from tests.kernels.runs_here import runnable
+from tests.kernels.runs_here import cpu_runs, runnable
 
 CPU = torch.device("cpu")
 GRADIENTS = ("dx", "d_scale", "d_shift", "d_bias")
@@ -210,6 +210,53 @@ def test_bfloat16_is_rounded_once_and_ties_go_to_even(backend, layout):
     problem.x[0, 0, 0, 0] = 3.38e38  # and this one beyond them
     expected = problem.x.float() * problem.scale[:, None, None]
     assert torch.equal(problem.forward(backend), expected.bfloat16())
+
+
+def test_lines_of_bfloat16_in_halves_and_in_pairs(backend):
+    if rounds_filters(backend, torch.bfloat16):
+        pytest.skip("it rounds the filters too")
+    keys = torch.cat([some_keys("mixed", 7), some_keys("direct", 7)[:1]])
+    problem = Problem((2, 32 * 9 + 5, 9, 16), keys, dtype=torch.bfloat16)
+    one, two, direct = 0, 5, 8  # terms
+    assert (make_plan(keys).terms[[one, two]].tolist(), make_plan(keys).direct[direct]) == ([1, 2], True)
+    for line, (first, second) in enumerate([(i, j) for i in (one, two, direct) for j in (one, two, direct)]):
+        problem.index[32 * line : 32 * line + 32] = one
+        problem.index[[32 * line + 7, 32 * line + 16 + 4]] = torch.tensor([first, second], dtype=torch.int32)
+    problem.check(backend)
+    problem.check(backend, ("dx", "d_bias"), bias=False)
+
+
+@pytest.mark.skipif(not cpu_runs("avx512_bf16"), reason="the processor lacks the instruction")
+def test_the_instruction_for_bfloat16_rounds_as_the_others_do(monkeypatch):
+    native = next(i for i in registry.implementations("key_conv2d") if i.name == "native").load()
+    identity = torch.zeros(1, 7, 7)
+    identity[0, 3, 3] = 1
+    problem = Problem((1, 64, 64, 64), identity, dtype=torch.bfloat16, shifted=False)
+    problem.bias.zero_()
+    problem.scale[:] = 1 + 2.0 ** -(torch.arange(64) % 12)
+    bits = torch.arange(1 << 16).sub(1 << 15).short().view(torch.bfloat16)  # all there are
+    usual = torch.where(bits.abs() < 2.0**-126, 0, bits)  # below, it stores zero
+    problem.x = problem.tensor(usual.view(1, 16, 64, 64).repeat(1, 4, 1, 1))
+    results = []
+    for isa in ("avx512", "avx512_bf16"):
+        monkeypatch.setenv("MKF_ISA", isa)
+        results.append(problem.forward(native))
+    is_nan = [result.isnan() for result in results]
+    assert torch.equal(*is_nan)
+    assert is_nan[0].any()
+    assert torch.equal(*(result[~is_nan[0]] for result in results))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ERROR)
+def test_direct_taps_of_images_that_are_one_strip_or_more(backend, dtype, layout):
+    if rounds_filters(backend, dtype):
+        pytest.skip("it rounds the filters too")
+    for k, sizes in ((7, range(7, 17)), (3, (8, 14)), (5, (13, 15)), (11, (9, 14))):
+        for size in sizes:
+            problem = Problem((2, 35, size, 18), some_keys("direct", k), 1, dtype, layout, seed=size)
+            problem.check(backend)
+            problem.check(backend, [("d_shift",), ("dx",), ("d_bias",)][size % 3], bias=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
