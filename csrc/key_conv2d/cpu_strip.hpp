@@ -85,7 +85,7 @@ public:
     MKF_NEVER_INLINE void run(Finish& finish, Ahead& ahead) {
         const int blocks = (columns + G::run - 1) / G::run;
         for (int b = 0; b < blocks; ++b) {
-            for (int part = 0; part * G::run < rows; ++part) {
+            for (int part = 0; part * G::run < rows; ++part) {  // one run of rows, or two (`Tasks`)
                 downwards(part, b, b == 0 ? 0 : G::after, G::block, finish, ahead);
                 downwards(part, b + 1, 0, G::after, finish, ahead);
             }
