@@ -5,103 +5,9 @@
 #include "cpu_norm.hpp"
 #include "cpu_small.hpp"
 #include "cpu_strip.hpp"
+#include "cpu_tasks.hpp"
 
 namespace mkf::MKF_ISA {
-
-// Some of the vectors of channels.
-struct Vectors {
-    std::int64_t first, end;
-};
-
-struct Task {
-    std::int64_t image, end;  // the first and the end of its images
-    int strip, group;
-    int beside;  // how many tasks further the same vector goes on
-};
-
-// How the work is cut and in which order it is done. The cut does not depend on the number of threads, and so no result
-// does; the order may.
-//
-// Channels-last, vectors of float32 that lie in the same two lines of memory go down an image together: what
-// neighbouring strips share, and what is fetched ahead of them, then stays in the second cache, which it would not if
-// many channels took turns on a strip. Few do, as otherwise a vector that is left over fetches lines of which it wants
-// half, and so do all in bfloat16, where there is half as much. Where there are fewer images than threads, bands of
-// strips are as many as threads: shares of an image that were whole vectors would cost more for some keys than for
-// others.
-template <class G>
-struct Tasks {
-    static constexpr int most_at_once = 48 / Vec::width;
-    int rows, input_rows;  // of a strip, but for what it shares with others
-    int groups, strips, together, band;
-    bool all_at_once;  // all channels take turns on a strip
-    bool small;        // an image is not worth a strip, nor to be fetched ahead
-    int images;        // in a task; more would be more streams of memory than the processor foresees
-    std::int64_t batch, count;
-
-    Tasks(const KeyConv2d& p, std::int64_t out_rows, Vectors vectors, int threads)
-        : rows(is_one_strip(p, out_rows) ? 2 * G::run : G::run),
-          input_rows(rows / G::run * G::block),
-          groups(static_cast<int>(vectors.end - vectors.first)),
-          strips(static_cast<int>((out_rows + rows - 1) / rows)),
-          together(!p.channels_last                                         ? 1
-                   : p.dtype == DType::float32 && groups > most_at_once ? 32 / Vec::width
-                                                                        : groups),
-          all_at_once(together >= groups && vectors.first == 0 && vectors.end * Vec::width >= p.channels),
-          small(is_small<G::k>(p)),
-          images(small ? std::max(1, 8 / static_cast<int>(p.height * p.width)) : 1),
-          batch(p.batch),
-          count((p.batch + images - 1) / images * strips * groups) {
-        const std::int64_t at_least = std::max<std::int64_t>(p.batch, 1), bands = (threads + at_least - 1) / at_least;
-        band = static_cast<int>(std::max<std::int64_t>(1, (strips + bands - 1) / bands));
-    }
-
-    // Whether an image that is higher than a run is one strip all the same: of direct taps, pairs of rows are cheaper
-    // than single ones (larger images then no longer fit into the first cache).
-    static bool is_one_strip(const KeyConv2d& p, std::int64_t out_rows) {
-        return G::down == 1 && G::up == 1 && out_rows <= 2 * G::run &&
-               std::all_of(p.direct, p.direct + p.keys_count, [](bool direct) { return direct; });
-    }
-
-    int in_image() const { return strips * groups; }
-
-    Task operator[](std::int64_t i) const {
-        if (small) {
-            const std::int64_t first = i / groups * images;
-            const int group = static_cast<int>(i % groups);
-            return {first, std::min(first + images, batch), 0, group, std::numeric_limits<int>::max()};
-        }
-        const std::int64_t image = i / (strips * groups);
-        const int in_image = static_cast<int>(i % (strips * groups));
-        const int first_strip = in_image / (band * groups) * band, in_band = in_image - first_strip * groups;
-        const int strips_here = std::min(band, strips - first_strip);
-        const int first_group = in_band / (strips_here * together) * together;
-        const int beside = std::min(together, groups - first_group), rest = in_band - first_group * strips_here;
-        return {image, image + 1, first_strip + rest / beside, first_group + rest % beside, beside};
-    }
-
-    // Adds what `next`, a task further on, wants of a channels-last tensor and `task` has not had, to be fetched in
-    // `steps`. A strip starts `rows` below the one above it and reaches `before` and `after` further. Where all
-    // channels take turns, what they want is fetched line after line, a share in each task, and of the vectors that
-    // share a line one fetches the first tensor, one the second and so on.
-    template <class T>
-    void fetch(Ahead& ahead, int tensor, const Tensor<T>& t, const Task& task, const Task& next,
-               const Channels& channels, int rows, int before, int after, int steps) const {
-        constexpr int line = 64, sharing = std::max(1, line / static_cast<int>(Vec::width * sizeof(T)));
-        const bool goes_on = next.group == task.group && next.strip == task.strip + 1;
-        const int first = std::max(0, next.strip * rows + (goes_on ? after : -before));
-        const int end = std::min((next.strip + 1) * rows + after, t.rows), wanted = end - first;
-        if (t.data == nullptr || wanted <= 0) return;
-        const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels;
-        if (!all_at_once) {
-            const std::ptrdiff_t row = t.columns * t.channels * static_cast<std::ptrdiff_t>(sizeof(T));
-            ahead.add(reinterpret_cast<const char*>(from + channels.each[0]), wanted, row, row / steps);
-        } else if (task.group % sharing == tensor % sharing) {
-            const int lines = static_cast<int>(static_cast<std::int64_t>(wanted) * t.columns / steps);
-            const std::ptrdiff_t share = static_cast<std::ptrdiff_t>(lines) * line * steps;
-            ahead.add(reinterpret_cast<const char*>(from) + task.group / sharing * share, lines, line, lines * line);
-        }
-    }
-};
 
 // How a vector of outputs is stored.
 struct Stored {
@@ -157,6 +63,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const Bands bands(p);
     const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
     parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
+        if (first == last) return;
         first *= cut;
         last *= cut;
         const std::unique_ptr<T[]> buffer(tensors.out ? nullptr : new T[bands.size]);  // of one image
@@ -171,16 +78,18 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
                  false, false);
         alignas(64) Ring<G> ring;
         View reading, writing;
-        for (std::int64_t i = first; i < last; ++i) {
-            const Task task = tasks[i];
+        const Stream<const T> x_ahead{x, 0, tasks.input_rows, G::before, G::after, x.columns};
+        const Stream<T> out_ahead{out, 1, tasks.rows, 0, 0, x.columns};
+        Task task = tasks[first];
+        for (std::int64_t i = first; i < last; ++i, tasks.advance(task)) {
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * tasks.rows, rows = std::min(tasks.rows, out_rows - row);
             Ahead ahead;
-            if (p.channels_last && i + task.beside < last) {
-                const Task next = tasks[i + task.beside];
+            if (p.channels_last && !tasks.small && i + task.beside() < last) {
+                const Task next = tasks.further(task);
                 const Channels& channels = groups[next.group].channels;
-                tasks.fetch(ahead, 0, x, task, next, channels, tasks.input_rows, G::before, G::after, x.columns);
-                if (!buffer) tasks.fetch(ahead, 1, out, task, next, channels, tasks.rows, 0, 0, x.columns);
+                tasks.fetch(ahead, x_ahead, task, next, channels);
+                if (!buffer) tasks.fetch(ahead, out_ahead, task, next, channels);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
@@ -292,6 +201,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
     parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
+        if (first == last) return;
         first *= cut;
         last *= cut;
         const std::unique_ptr<T[]> buffer(tensors.norm ? new T[bands.size] : nullptr);  // of one image
@@ -307,8 +217,11 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         }
         alignas(64) Ring<G> ring;
         View reading_dy, reading_x, writing;
-        for (std::int64_t i = first; i < last; ++i) {
-            const Task task = tasks[i];
+        const Stream<const T> dy_ahead{dy, 0, tasks.input_rows, G::before, G::after, dy.columns};
+        const Stream<const T> x_ahead{x, 1, tasks.rows, 0, 0, dy.columns};
+        const Stream<T> dx_ahead{dx, 2, tasks.rows, 0, 0, dy.columns};
+        Task task = tasks[first];
+        for (std::int64_t i = first; i < last; ++i, tasks.advance(task)) {
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * tasks.rows, end = std::min(row + tasks.rows, rows);
             if constexpr (std::is_same_v<T, float>) {
@@ -321,13 +234,12 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                 }
             }
             Ahead ahead;
-            if (p.channels_last && i + task.beside < last) {
-                const Task next = tasks[i + task.beside];
+            if (p.channels_last && !tasks.small && i + task.beside() < last) {
+                const Task next = tasks.further(task);
                 const Channels& channels = groups[next.group].channels;
-                if (!buffer)
-                    tasks.fetch(ahead, 0, dy, task, next, channels, tasks.input_rows, G::before, G::after, dy.columns);
-                if (needs_x) tasks.fetch(ahead, 1, x, task, next, channels, tasks.rows, 0, 0, dy.columns);
-                tasks.fetch(ahead, 2, dx, task, next, channels, tasks.rows, 0, 0, dy.columns);
+                if (!buffer) tasks.fetch(ahead, dy_ahead, task, next, channels);
+                if (needs_x) tasks.fetch(ahead, x_ahead, task, next, channels);
+                tasks.fetch(ahead, dx_ahead, task, next, channels);
             }
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
@@ -346,8 +258,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                 }
                 if (!sums_up) return;
                 if (tasks.small) finish.end_of_block();
-                const std::int64_t place = task.image / tasks.images * tasks.strips + task.strip;
-                Partial& partial = partials[place * tasks.groups + task.group];
+                Partial& partial = partials[tasks.place(task)];
                 finish.d_scale.store_to(partial.scale);
                 finish.d_shift.store_to(partial.shift);
                 finish.d_bias.store_to(partial.bias);
@@ -360,13 +271,15 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         double scale[Vec::width], shift[Vec::width], bias[Vec::width];
     };
     const std::unique_ptr<Sums[]> sums(new Sums[tasks.groups]());
-    for (std::int64_t i = 0; i < tasks.count; ++i) {
-        const Partial& from = partials[i];
-        Sums& to = sums[i % tasks.groups];
-        for (int lane = 0; lane < Vec::width; ++lane) {
-            to.scale[lane] += from.scale[lane];
-            to.shift[lane] += from.shift[lane];
-            to.bias[lane] += from.bias[lane];
+    for (std::int64_t i = 0; i < tasks.count; i += tasks.groups) {
+        for (int group = 0; group < tasks.groups; ++group) {
+            const Partial& from = partials[i + group];
+            Sums& to = sums[group];
+            for (int lane = 0; lane < Vec::width; ++lane) {
+                to.scale[lane] += from.scale[lane];
+                to.shift[lane] += from.shift[lane];
+                to.bias[lane] += from.bias[lane];
+            }
         }
     }
     for (int i = 0; i < tasks.groups; ++i) {

@@ -73,7 +73,7 @@ class Strip {
 public:
     Strip(const Plane<const T>& in, const Group<K>& group, int first_row, int rows, int columns, Ring<G>& ring)
         : in(in), group(group), first_row(first_row), rows(rows), columns(columns), ring(ring),
-          rows_of_taps(group.direct ? count_rows_of_taps() : 0) {}
+          fetches_of_taps((G::down == 1 && G::up == 1 ? (rows + 1) / 2 : rows) * (K / 2 + 1)) {}
 
     // The rows of the input that the outputs [first_row, first_row + rows) need.
     static int first_input_row(int first_row) { return first_row / G::up * G::down - G::before; }
@@ -98,7 +98,7 @@ private:
     const Group<K>& group;
     const int first_row, rows, columns;  // of the output
     Ring<G>& ring;
-    const int rows_of_taps;  // how many times `filter_row` is called in a block
+    const int fetches_of_taps;  // how often `sideways` fetches in a block of direct taps
 
     static int first_input_column(int block) { return block * G::block - G::before; }
 
@@ -187,7 +187,7 @@ private:
         constexpr int kept = blocks_kept<G>;
         const Around around{ring[(block + kept - 1) % kept], ring[block % kept], ring[(block + 1) % kept]};
         if (group.direct) {
-            const auto fetch = [&] MKF_ALWAYS_INLINE { ahead.part_of_steps(rows_of_taps, G::block); };
+            const auto fetch = [&] MKF_ALWAYS_INLINE { ahead.part_of_steps(fetches_of_taps, G::block); };
             int r = 0;
             if constexpr (G::down == 1 && G::up == 1) {
                 for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, fetch);
@@ -265,26 +265,10 @@ private:
 
     bool exists(int row) const { return row >= 0 && row < in.rows; }
 
-    int count_rows_of_taps() const {  // fewer at the edges of an image
-        int count = 0, r = 0;
-        if constexpr (G::down == 1 && G::up == 1) {
-            for (; r + 1 < rows; r += 2) {
-                const int row = first_row + r - G::pad;
-                for (int t = 0; t <= K; ++t) count += exists(row + t);
-                for (int t = 1; t < K; t += 2) count += exists(row + t) || exists(row + t + 1);
-            }
-        }
-        for (; r < rows; ++r) {
-            for (int t = 0, row; t < K; ++t) count += G::input(first_row + r, t, row) && exists(row);
-        }
-        return count;
-    }
-
     // One row of direct taps.
-    template <class Input, class Fetch>
-    MKF_ALWAYS_INLINE static void filter_row(const Registers<K>& from, Vec (&sums)[G::run], Input input, Inside inside,
-                                             const Fetch& fetch) {
-        fetch();
+    template <class Input>
+    MKF_ALWAYS_INLINE static void filter_row(const Registers<K>& from, Vec (&sums)[G::run], Input input,
+                                             Inside inside) {
         Taps<G> taps(from.v, sums);
         filter<G>(input, inside, taps);
     }
@@ -303,20 +287,21 @@ private:
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
             const auto x = input(row + t + (other && !one));
-            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside, fetch);
-            else if (one || other) filter_row(taps_of(t), sums[0], x, inside, fetch);
+            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside);
+            else if (one || other) filter_row(taps_of(t), sums[0], x, inside);
         }
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
         for (int t = 0; t < K; t += 2) {
+            fetch();
             if (exists(row + t)) {
                 auto taps = taps_of(t);
                 if (t > 0) taps.minus(group.taps + (t - 1) * K);
-                filter_row(taps, sums[0], input(row + t), inside, fetch);
+                filter_row(taps, sums[0], input(row + t), inside);
             }
             if (exists(row + t + 1)) {
                 auto taps = taps_of(t);
                 if (t + 1 < K) taps.minus(group.taps + (t + 1) * K);
-                filter_row(taps, sums[1], input(row + t + 1), inside, fetch);
+                filter_row(taps, sums[1], input(row + t + 1), inside);
             }
         }
         unroll<2>([&](auto q) MKF_ALWAYS_INLINE {
@@ -336,10 +321,11 @@ private:
         Vec sums[G::run], windows[G::run];
         begin(r, around, inside, sums, windows);
         for (int t = 0; t < K; ++t) {
+            if (t % 2 == 0) fetch();
             int row;
             if (!G::input(first_row + r, t, row) || !exists(row)) continue;
             const Strided<const T> input{in.at(row, column), in.column_stride};
-            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside, fetch);
+            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
