@@ -399,8 +399,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
 
 template <class T>
 static void fit_all(const AffineFit& p, const ArrangedKeys& keys, int threads) {
-    parallel_pieces((p.count + W - 1) / W, threads, [&](std::int64_t begin, std::int64_t end) {
-        if (begin < end) fit_blocks<T>(p, keys, begin, end);
+    parallel_pieces((p.count + W - 1) / W, 256, threads, [&](auto take) {
+        for (std::int64_t begin, end; take(begin, end);) fit_blocks<T>(p, keys, begin, end);
     });
 }
 

@@ -1,12 +1,16 @@
 // Which instruction sets this processor runs and which one is used, and a parallel loop.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -77,18 +81,57 @@ inline void expect_to_fill(void* p, std::int64_t bytes) {
 #endif
 }
 
-// Calls body(first, last) on at most `threads` contiguous pieces of [0, count). What one of them throws, as where there
-// is no memory left, is thrown here: it must not leave a thread.
+// The numbers [0, count), given out to threads in contiguous pieces. A thread takes half of what is left of a share of
+// its own, again and again, and then of the others': threads rarely get equally much of a processor, and if each did
+// its share alone, all would wait for the slowest.
+class Pieces {
+public:
+    Pieces(std::int64_t count, std::int64_t least, int threads)
+        : least(least), threads(threads), shares(new Share[threads]) {
+        for (int i = 0; i < threads; ++i) {
+            shares[i].next = count * i / threads;
+            shares[i].end = count * (i + 1) / threads;
+        }
+    }
+
+    // The next piece for a thread, [first, last); false if all are given out.
+    bool take(int thread, std::int64_t& first, std::int64_t& last) {
+        for (int i = 0; i < threads; ++i) {
+            Share& share = shares[(thread + i) % threads];
+            first = share.next.load(std::memory_order_relaxed);
+            do {
+                last = std::min(share.end, first + std::max(least, (share.end - first) / 2));
+            } while (first < last && !share.next.compare_exchange_weak(first, last, std::memory_order_relaxed));
+            if (first < last) return true;
+        }
+        return false;
+    }
+
+private:
+    struct alignas(64) Share {  // a line of memory each
+        std::atomic<std::int64_t> next;
+        std::int64_t end;
+    };
+    const std::int64_t least;
+    const int threads;
+    const std::unique_ptr<Share[]> shares;
+};
+
+// Calls body(take) in at most `threads` threads, where `while (take(first, last))` gives a thread its pieces of
+// [0, count), of at least so many. What a body throws, as where there is no memory left, is thrown here: it must not
+// leave a thread.
 template <class Body>
-inline void parallel_pieces(std::int64_t count, int threads, const Body& body) {
+inline void parallel_pieces(std::int64_t count, std::int64_t least, int threads, const Body& body) {
+    if (count == 0) return;
 #if defined(_OPENMP)
     if (threads > 1 && count > 1) {
+        Pieces pieces(count, least, static_cast<int>(std::min<std::int64_t>(threads, count)));
         std::exception_ptr thrown;
 #pragma omp parallel num_threads(threads)
         {
-            const std::int64_t pieces = omp_get_num_threads(), i = omp_get_thread_num();
+            const int thread = omp_get_thread_num();
             try {
-                body(count * i / pieces, count * (i + 1) / pieces);
+                body([&](std::int64_t& first, std::int64_t& last) { return pieces.take(thread, first, last); });
             } catch (...) {
 #pragma omp critical
                 thrown = std::current_exception();
@@ -98,8 +141,12 @@ inline void parallel_pieces(std::int64_t count, int threads, const Body& body) {
         return;
     }
 #endif
-    (void)threads;
-    body(std::int64_t{0}, count);
+    (void)least, (void)threads;
+    body([&, done = false](std::int64_t& first, std::int64_t& last) mutable {
+        first = 0;
+        last = count;
+        return !std::exchange(done, true);
+    });
 }
 
 }  // namespace mkf

@@ -56,9 +56,9 @@ static bool is_small(const KeyConv2d& p) {
 // With the 16 registers of AVX2, `Mirrored` gains for some keys what it loses for others.
 constexpr bool mirrors_pay = Vec::width != 8;
 
-// The channels of the `vector`-th of a tensor. Two vectors of bfloat16 share lines of memory. Each has a half of a line,
-// which is cheaper to write and keeps blocks of equal keys together, unless both halves hold keys that read their inputs
-// more than once: pairs are cheaper to read.
+// The channels of the `vector`-th of a tensor. Two vectors of bfloat16 share lines of memory. Each has a half of a
+// line, which is cheaper to write and keeps blocks of equal keys together, unless both halves hold keys that read their
+// inputs more than once: pairs are cheaper to read.
 template <class View>
 static Channels channels_of(const KeyConv2d& p, const KeyTable& table, std::int64_t vector) {
     if constexpr (View::arrangement == Arrangement::alternate) {

@@ -61,11 +61,8 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     const Tasks<G> tasks(p, out_rows, vectors, threads);
     // With a norm a thread has whole images, and normalises each when it has convolved it.
     const Bands bands(p);
-    const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
-    parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
-        if (first == last) return;
-        first *= cut;
-        last *= cut;
+    const int cut = tensors.norm ? tasks.in_image() : 1;
+    parallel_pieces(tasks.count / cut, 1, threads, [&](auto take) {
         const std::unique_ptr<T[]> buffer(tensors.out ? nullptr : new T[bands.size]);  // of one image
         expect_to_fill(buffer.get(), buffer ? bands.size * sizeof(T) : 0);
         const Tensor<T> out{buffer ? buffer.get() : static_cast<T*>(tensors.out), p.batch, p.channels, out_rows,
@@ -80,12 +77,11 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
         View reading, writing;
         const Stream<const T> x_ahead{x, 0, tasks.input_rows, G::before, G::after, x.columns};
         const Stream<T> out_ahead{out, 1, tasks.rows, 0, 0, x.columns};
-        Task task = tasks[first];
-        for (std::int64_t i = first; i < last; ++i, tasks.advance(task)) {
+        tasks.each(take, cut, [&](std::int64_t i, const Task& task) {
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * tasks.rows, rows = std::min(tasks.rows, out_rows - row);
             Ahead ahead;
-            if (p.channels_last && !tasks.small && i + task.beside() < last) {
+            if (p.channels_last && !tasks.small && i + task.beside() < tasks.count) {
                 const Task next = tasks.further(task);
                 const Channels& channels = groups[next.group].channels;
                 tasks.fetch(ahead, x_ahead, task, next, channels);
@@ -106,14 +102,14 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
                 }
             });
             if constexpr (std::is_same_v<T, float>) {
-                if (!tensors.norm || (i + 1) % cut != 0) continue;
+                if (!tensors.norm || (i + 1) % cut != 0) return;
                 const float* const from = out.data + (buffer ? 0 : task.image * bands.size);
                 float* const to = tensors.normalized + task.image * bands.size;
                 bands.each_of(task.image, [&](auto, auto, std::int64_t at, std::int64_t pixels) {
                     norm.forward(from + at, to + at, pixels);
                 });
             }
-        }
+        });
     });
 }
 
@@ -196,14 +192,11 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
     // With a norm a thread has whole images too, and begins each with the way back through the norm.
     const Bands bands(p);
     const NormSums norm_sums(p, bands, tensors.norm);
-    const std::int64_t cut = tensors.norm ? tasks.in_image() : 1;
+    const int cut = tensors.norm ? tasks.in_image() : 1;
     const bool needs_x = tensors.d_scale || tensors.d_shift;
     const bool sums_up = needs_x || tensors.d_bias;
     const std::unique_ptr<Partial[]> partials(new Partial[sums_up ? tasks.count : 0]);
-    parallel_pieces(tasks.count / cut, threads, [&](std::int64_t first, std::int64_t last) {
-        if (first == last) return;
-        first *= cut;
-        last *= cut;
+    parallel_pieces(tasks.count / cut, 1, threads, [&](auto take) {
         const std::unique_ptr<T[]> buffer(tensors.norm ? new T[bands.size] : nullptr);  // of one image
         expect_to_fill(buffer.get(), buffer ? bands.size * sizeof(T) : 0);
         const Tensor<const T> dy{buffer ? buffer.get() : static_cast<const T*>(tensors.dy), p.batch, p.channels,
@@ -220,8 +213,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
         const Stream<const T> dy_ahead{dy, 0, tasks.input_rows, G::before, G::after, dy.columns};
         const Stream<const T> x_ahead{x, 1, tasks.rows, 0, 0, dy.columns};
         const Stream<T> dx_ahead{dx, 2, tasks.rows, 0, 0, dy.columns};
-        Task task = tasks[first];
-        for (std::int64_t i = first; i < last; ++i, tasks.advance(task)) {
+        tasks.each(take, cut, [&](std::int64_t i, const Task& task) {
             const Group<G::k>& group = groups[task.group];
             const int row = task.strip * tasks.rows, end = std::min(row + tasks.rows, rows);
             if constexpr (std::is_same_v<T, float>) {
@@ -234,7 +226,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                 }
             }
             Ahead ahead;
-            if (p.channels_last && !tasks.small && i + task.beside() < last) {
+            if (p.channels_last && !tasks.small && i + task.beside() < tasks.count) {
                 const Task next = tasks.further(task);
                 const Channels& channels = groups[next.group].channels;
                 if (!buffer) tasks.fetch(ahead, dy_ahead, task, next, channels);
@@ -263,7 +255,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
                 finish.d_shift.store_to(partial.shift);
                 finish.d_bias.store_to(partial.bias);
             });
-        }
+        });
     });
     if (tensors.norm) norm_sums.store_to(tensors.d_norm_weight, tensors.d_norm_bias);
     if (!sums_up) return;
@@ -357,9 +349,9 @@ void key_conv2d(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
     float* const out = buffer ? buffer.get() : static_cast<float*>(tensors.out);
     expect_to_fill(buffer.get(), buffer ? p.batch * bands.size * sizeof(float) : 0);
     convolve(p, KeyConv2dForward{tensors.x, tensors.bias, out}, table, threads);
-    parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
+    parallel_pieces(p.batch * bands.in_image, 1, threads, [&](auto take) {
         const ChannelNorm norm(tensors.norm, p.channels);
-        bands.each(first, last, [&](auto, std::int64_t image, std::int64_t at, std::int64_t pixels) {
+        bands.each(take, [&](auto, std::int64_t image, std::int64_t at, std::int64_t pixels) {
             norm.forward(out + image * bands.size + at, tensors.normalized + image * bands.size + at, pixels);
         });
     });
@@ -373,9 +365,9 @@ void key_conv2d_backward(const KeyConv2d& p, const KeyConv2dBackward& tensors, c
     const std::unique_ptr<float[]> dy(new float[p.batch * bands.size]);
     expect_to_fill(dy.get(), p.batch * bands.size * sizeof(float));
     const float* const given = static_cast<const float*>(tensors.dy);
-    parallel_pieces(p.batch * bands.in_image, threads, [&](std::int64_t first, std::int64_t last) {
+    parallel_pieces(p.batch * bands.in_image, 1, threads, [&](auto take) {
         const ChannelNorm norm(tensors.norm, p.channels);
-        bands.each(first, last, [&](std::int64_t band, std::int64_t image, std::int64_t at, std::int64_t pixels) {
+        bands.each(take, [&](std::int64_t band, std::int64_t image, std::int64_t at, std::int64_t pixels) {
             at += image * bands.size;
             norm.backward(tensors.out + at, given + at, dy.get() + at, pixels, sums.of(band));
         });

@@ -128,17 +128,23 @@ struct Bands {
         : channels(p.channels), pixels(p.out_height() * p.out_width()), in_image((pixels + most - 1) / most),
           size(channels * pixels) {}
 
-    // Calls body(band, image, where it begins in the image, pixels) for some of the bands of all images.
-    template <class Body>
-    void each(std::int64_t first, std::int64_t end, const Body& body) const {
-        for (std::int64_t band = first; band < end; ++band) {
-            const std::int64_t pixel = band % in_image * most;
-            body(band, band / in_image, pixel * channels, std::min(most, pixels - pixel));
-        }
-    }
+    // Calls body(band, image, where it begins in the image, pixels) for the bands of an image, or those of all images
+    // that `take` gives (`parallel_pieces`).
     template <class Body>
     void each_of(std::int64_t image, const Body& body) const {
-        each(image * in_image, (image + 1) * in_image, body);
+        for (std::int64_t band = image * in_image; band < (image + 1) * in_image; ++band) call(band, body);
+    }
+    template <class Take, class Body>
+    void each(Take take, const Body& body) const {
+        for (std::int64_t first, last; take(first, last);)
+            for (std::int64_t band = first; band < last; ++band) call(band, body);
+    }
+
+private:
+    template <class Body>
+    void call(std::int64_t band, const Body& body) const {
+        const std::int64_t pixel = band % in_image * most;
+        body(band, band / in_image, pixel * channels, std::min(most, pixels - pixel));
     }
 };
 

@@ -12,10 +12,10 @@ struct Vectors {
     std::int64_t first, end;
 };
 
-// A strip, or all of a small image, of one vector of channels. It stands in a box of strips and vectors, of which the
-// vectors take turns on a strip before the next strip begins; `image` and `end` are the first and the end of its images.
+// A strip, or all of a small image, of one vector of channels. It stands in a box of strips and vectors, which take
+// turns on a strip before the next strip begins.
 struct Task {
-    std::int64_t image, end;
+    std::int64_t image, end;  // the first and the end of its images
     int strip, group;
     int first_strip, end_of_strips, first_group, end_of_groups;
 
@@ -80,24 +80,13 @@ struct Tasks {
 
     int in_image() const { return strips * groups; }
 
-    Task operator[](std::int64_t i) const {
-        const int in_image = static_cast<int>(i % (strips * groups)), strip = in_image / (band * groups) * band;
-        Task task{};
-        begin_image(task, i / (strips * groups) * images);
-        begin_strips(task, strip);
-        const int in_band = in_image - strip * groups, strips_here = task.end_of_strips - strip;
-        begin_groups(task, in_band / (strips_here * together) * together);
-        const int in_box = in_band - task.first_group * strips_here;
-        task.strip += in_box / task.beside();
-        task.group += in_box % task.beside();
-        return task;
-    }
-
-    // Goes on to the next task. A small layer has many, and divisions would take a tenth of its time.
-    void advance(Task& task) const {
-        if (++task.group < task.end_of_groups) return;
-        task.group = task.first_group;
-        if (++task.strip == task.end_of_strips) begin_next_box(task);
+    // Calls body(i, task) for the tasks that `take` gives (`parallel_pieces`), `cut` of them at a time.
+    template <class Take, class Body>
+    void each(Take take, int cut, const Body& body) const {
+        for (std::int64_t first, last; take(first, last);) {
+            Task task = (*this)[first * cut];
+            for (std::int64_t i = first * cut; i < last * cut; ++i, advance(task)) body(i, task);
+        }
     }
 
     // The task of the same vector that follows, or one like it in the next box.
@@ -137,6 +126,26 @@ struct Tasks {
     }
 
 private:
+    Task operator[](std::int64_t i) const {
+        const int in_image = static_cast<int>(i % (strips * groups)), strip = in_image / (band * groups) * band;
+        Task task{};
+        begin_image(task, i / (strips * groups) * images);
+        begin_strips(task, strip);
+        const int in_band = in_image - strip * groups, strips_here = task.end_of_strips - strip;
+        begin_groups(task, in_band / (strips_here * together) * together);
+        const int in_box = in_band - task.first_group * strips_here;
+        task.strip += in_box / task.beside();
+        task.group += in_box % task.beside();
+        return task;
+    }
+
+    // Goes on to the next task. A small layer has many, and divisions would take a tenth of its time.
+    void advance(Task& task) const {
+        if (++task.group < task.end_of_groups) return;
+        task.group = task.first_group;
+        if (++task.strip == task.end_of_strips) begin_next_box(task);
+    }
+
     void begin_image(Task& task, std::int64_t image) const {
         task.image = image;
         task.end = std::min(image + images, batch);
