@@ -72,12 +72,29 @@ static inline BFloat16 to_bfloat16(float x) {
     return {static_cast<std::uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
 }
 
-// The first or the second of a pair of bfloat16, where every pair has one lane and all lanes are there. One instruction
-// then makes float32 of memory, where neighbours would take two. Both are read and written where the first lies: a
-// vector that began one later, or one earlier, would lie in two lines.
+// The first or the second of each pair of bfloat16 in a line of memory, one for each lane. One instruction then makes
+// float32 of memory, where neighbours would take two.
 template <bool Second>
 struct OfPair {
     BFloat16 value;
+};
+
+// Either of each pair, as an `Access` says.
+struct EitherOfPair {
+    BFloat16 value;
+};
+
+// What it takes to read and write vectors of a type, beyond their address.
+template <class T>
+struct Access {};
+template <>
+struct Access<BFloat16> {
+    bool converts = false;  // an instruction rounds vectors; it takes subnormal numbers for zero
+};
+template <>
+struct Access<EitherOfPair> {
+    std::uint32_t places = 0;  // in the line, a bit each
+    std::uint16_t firsts = 0;  // lanes that have the first of their pair
 };
 
 template <class T>
@@ -111,11 +128,11 @@ inline __m512i rounded(Vec a) {
 inline __m256i to_bfloat16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)); }
 inline void store(BFloat16* p, Vec a, const Lanes& lanes) { _mm256_mask_storeu_epi16(p, lanes.mask, to_bfloat16(a)); }
 
-// All lanes. If the processor `converts`, one instruction rounds them; it takes subnormal numbers for zero.
-inline void store(BFloat16* p, Vec a, bool converts) {
+inline void store(BFloat16* p, Vec a, const Access<BFloat16>& access) {
     __m256i b;
 #if defined(__GNUC__)
-    if (converts) asm("vcvtneps2bf16 %1, %0" : "=v"(b) : "v"(a.v));  // as text: compilers take it for another level
+    if (access.converts)  // as text: compilers take the instruction for one of another level
+        asm("vcvtneps2bf16 %1, %0" : "=v"(b) : "v"(a.v));
     else
 #endif
         b = to_bfloat16(a);
@@ -125,16 +142,19 @@ inline void store(BFloat16* p, Vec a, bool converts) {
 constexpr bool has_pairs = true;
 
 inline Vec load(const OfPair<false>* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
-inline Vec load(const OfPair<true>* p) {
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p - 1))};
-}
+inline Vec load(const OfPair<true>* p) { return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p))}; }
 inline void store(OfPair<false>* p, Vec a) {
     _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_srli_epi32(rounded(a), 16));
 }
-inline void store(OfPair<true>* p, Vec a) { _mm512_mask_storeu_epi16(p - 1, 0xaaaaaaaau, rounded(a)); }
-template <bool Second>
-inline void store(OfPair<Second>* p, Vec a, const LastLanes&) {
-    store(p, a);
+inline void store(OfPair<true>* p, Vec a) { _mm512_mask_storeu_epi16(p, 0xaaaaaaaau, rounded(a)); }
+
+inline Vec load(const EitherOfPair* p, const Access<EitherOfPair>& access) {
+    const __m512i pairs = _mm512_maskz_loadu_epi16(access.places, p);
+    return {_mm512_castsi512_ps(_mm512_mask_slli_epi32(pairs, access.firsts, pairs, 16))};
+}
+inline void store(EitherOfPair* p, Vec a, const Access<EitherOfPair>& access) {
+    const __m512i b = rounded(a);
+    _mm512_mask_storeu_epi16(p, access.places, _mm512_mask_srli_epi32(b, access.firsts, b, 16));
 }
 
 #elif defined(__AVX2__)
@@ -175,5 +195,14 @@ inline void store(BFloat16* p, Vec a, const Lanes& lanes) {
 #if !defined(__AVX512F__)
 constexpr bool has_pairs = false;
 #endif
+
+template <class T>
+inline Vec load(const T* p, const Access<T>&) {
+    return load(p);
+}
+template <class T>
+inline void store(T* p, Vec a, const Access<T>&) {
+    store(p, a);
+}
 
 }  // namespace mkf::MKF_ISA

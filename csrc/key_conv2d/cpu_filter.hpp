@@ -84,9 +84,10 @@ template <class T>
 struct Strided {
     T* at;
     std::ptrdiff_t stride;
+    Access<std::remove_const_t<T>> access;
 
     template <class I>
-    MKF_ALWAYS_INLINE Vec operator()(I) const { return load(at); }
+    MKF_ALWAYS_INLINE Vec operator()(I) const { return load(at, access); }
     MKF_ALWAYS_INLINE void next() { at = fresh(at + stride); }
 };
 
@@ -97,7 +98,9 @@ struct SumOfTwo {
     std::ptrdiff_t further;
 
     template <class I>
-    MKF_ALWAYS_INLINE Vec operator()(I) const { return load(first.at) + load(first.at + further); }
+    MKF_ALWAYS_INLINE Vec operator()(I) const {
+        return load(first.at, first.access) + load(first.at + further, first.access);
+    }
     MKF_ALWAYS_INLINE void next() { first.next(); }
 };
 

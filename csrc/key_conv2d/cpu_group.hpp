@@ -58,19 +58,26 @@ constexpr bool mirrors_pay = Vec::width != 8;
 
 // The channels of the `vector`-th of a tensor. Two vectors of bfloat16 share lines of memory. Each has a half of a
 // line, which is cheaper to write and keeps blocks of equal keys together, unless both halves hold keys that read their
-// inputs more than once: pairs are cheaper to read.
+// inputs more than once. Then each has one of every pair of neighbours, which is cheaper to read; which one, if that
+// leaves all such keys to the first vector, as a vector costs what its dearest key does, and else in turns.
 template <class View>
 static Channels channels_of(const KeyConv2d& p, const KeyTable& table, std::int64_t vector) {
-    if constexpr (View::arrangement == Arrangement::alternate) {
-        const auto rereads = [&](std::int64_t half) {
-            const Vec key = load_int(p.index + half * Vec::width);
+    if constexpr (View::arrangement == Arrangement::of_lines) {
+        const std::int64_t first = vector / 2 * 2 * Vec::width;
+        const auto rereads = [&](std::int64_t half) -> std::uint32_t {
+            const Vec key = load_int(p.index + first + half * Vec::width);
             const auto about = [&](int i) { return lookup(table.entry(i), table.count, key); };
-            return bits(about(table.direct) > zero()) != 0 || bits(about(table.terms) > broadcast(1.0f)) != 0;
+            return bits(about(table.direct) > zero()) | bits(about(table.terms) > broadcast(1.0f));
         };
-        const std::int64_t first = vector / 2 * 2;
-        if (!rereads(first) || !rereads(first + 1)) return Channels(p, Arrangement::following, vector);
+        const std::uint32_t lower = rereads(0), upper = rereads(1);
+        if (lower == 0 || upper == 0) return Channels(p, Arrangement::following, vector);
+        const std::uint32_t dear = lower | upper << Vec::width, swapped = ~dear & dear >> 1 & first_of_pairs;
+        const std::uint32_t sorted = (first_of_pairs & ~swapped) | swapped << 1;
+        const std::uint32_t places = (dear & ~sorted) == 0 ? sorted : first_of_pairs;
+        return Channels(first, vector % 2 == 0 ? places : ~places);
+    } else {
+        return Channels(p, View::arrangement, vector);
     }
-    return Channels(p, View::arrangement, vector);
 }
 
 enum class Weights {

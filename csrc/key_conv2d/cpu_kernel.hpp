@@ -9,38 +9,28 @@
 
 namespace mkf::MKF_ISA {
 
-// How a vector of outputs is stored.
-struct Stored {
-    LastLanes lanes;
-    bool converts;  // see KeyConv2d
-
-    Stored(const KeyConv2d& p, const Channels& channels) : lanes(channels.skipped), converts(p.converts) {}
-};
-
 // Stores a run of outputs.
 template <class T, int N>
-MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N], const Stored& how) {
+MKF_ALWAYS_INLINE static inline void store(const Plane<T>& out, Run run, const Vec (&values)[N],
+                                           const LastLanes& lanes) {
     T* to = out.at(run.row, run.column);
     const std::ptrdiff_t stride = out.column_stride;
-    if (run.count == N && how.lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
-        const bool converts = how.converts;
-        unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
-            if constexpr (std::is_same_v<T, BFloat16>) store(to + j * stride, values[j], converts);
-            else store(to + j * stride, values[j]);
-        });
+    const Access<T> access = out.access;
+    if (run.count == N && lanes.skipped == 0) {  // asked once: the compiler must ask again after every store
+        unroll<N>([&](auto j) MKF_ALWAYS_INLINE { store(to + j * stride, values[j], access); });
         return;
     }
     unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
         if (j >= run.count) return;
-        if constexpr (std::is_same_v<T, BFloat16>) store(to + j * stride, values[j], how.converts);
-        else store(to + j * stride, values[j], how.lanes);
+        if constexpr (std::is_same_v<T, float>) store(to + j * stride, values[j], lanes);
+        else store(to + j * stride, values[j], access);
     });
 }
 
 template <class T>
 struct Store {
     Plane<T> out;
-    Stored stored;
+    LastLanes lanes;
 
     void column(Vec) {}
     bool wants_columns() const { return false; }
@@ -48,7 +38,7 @@ struct Store {
 
     template <int N>
     MKF_ALWAYS_INLINE void operator()(Run run, const Vec (&sums)[N], const Vec (&)[N]) {
-        store(out, run, sums, stored);
+        store(out, run, sums, lanes);
     }
 };
 
@@ -95,7 +85,7 @@ static void run(const KeyConv2d& p, const KeyConv2dForward& tensors, const KeyTa
                                                                  S::end_of_input_rows(row, rows));
                     Store<Pixel> finish{
                         writing.template write<Pixel>(out, buffer ? 0 : image, group.channels, row, row + rows),
-                        Stored(p, group.channels)};
+                        LastLanes(group.channels.skipped)};
                     if (tasks.small) SmallImage<G, Pixel>(in, group).run(finish);
                     else S(in, group, row, rows, out_columns, ring).run(finish, ahead);
                     writing.written();
@@ -141,7 +131,7 @@ struct Gradients {
     Plane<const T> x;  // without pixels where not needed
     Plane<T> dx;       // without pixels where not asked for
     const Group<G::k>& group;
-    Stored stored;
+    LastLanes lanes;
     bool of_scale, of_bias;
     Total d_scale, d_shift, d_bias;
 
@@ -154,10 +144,11 @@ struct Gradients {
         const bool has_box = group.has_box, has_scale = of_scale;
         if (x.pixels) {
             const T* from = x.at(run.row, run.column);
+            const Access<T> access = x.access;
             Vec of_scales = zero(), of_shifts = zero();
             unroll<N>([&](auto j) MKF_ALWAYS_INLINE {
                 if (j >= run.count) return;
-                const Vec value = load(from + j * x.column_stride);
+                const Vec value = load(from + j * x.column_stride, access);
                 if (has_scale) of_scales = fma(sums[j], value, of_scales);
                 if (has_box) of_shifts = fma(windows[j], value, of_shifts);
             });
@@ -171,7 +162,7 @@ struct Gradients {
             values[j] = has_scale ? scale * sums[j] : sums[j];
             if (has_scale && has_box) values[j] = fma(shift, windows[j], values[j]);
         });
-        store(dx, run, values, stored);
+        store(dx, run, values, lanes);
     }
 
     void end_of_block() {
@@ -236,7 +227,7 @@ static void run(const KeyConv2d& p, const KeyConv2dBackward& tensors, const KeyT
             View::with_pixel(group.channels, [&](auto pixel) {
                 using Pixel = decltype(pixel);
                 using S = Strip<G, Pixel>;
-                Gradients<G, Pixel> finish{{}, {}, group, Stored(p, group.channels), tensors.d_scale != nullptr,
+                Gradients<G, Pixel> finish{{}, {}, group, LastLanes(group.channels.skipped), tensors.d_scale != nullptr,
                                            tensors.d_bias != nullptr, {}, {}, {}};
                 for (std::int64_t image = task.image; image < task.end; ++image) {
                     const auto in =

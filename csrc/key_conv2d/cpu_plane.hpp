@@ -26,34 +26,43 @@ enum class Arrangement {
     ordered,    // as they stand in `KeyConv2d::order`; channels-first, where each lane has a plane of its own
     following,  // neighbours in memory
     filling,    // the same, but the last vector begins before the end of the one before, so that it is whole
-    alternate,  // of two vectors that follow each other the first takes every second channel, the second the others
+    of_lines,   // of the channels whose bfloat16 share a line of memory, half each, as `channels_of` chooses
 };
+
+constexpr std::uint32_t first_of_pairs = 0x55555555u;  // of the bfloat16 of a line, a bit each
 
 // The channels of one vector.
 struct Channels {
     Lanes lanes{Vec::width};
-    Arrangement arrangement{};
-    bool second = false;                 // of two that alternate
+    Access<BFloat16> whole{};            // where all neighbours are there
+    Access<EitherOfPair> of_pairs{};     // with places where one of each pair of neighbours is there
     bool neighbours = false;             // in memory, and all there
     int skipped = 0;                     // of the first, which the vector before has
+    std::int64_t first = 0;              // from which on they lie in channels-last memory
     std::int32_t each[Vec::width] = {};  // lanes beyond the last channel repeat it: nothing looks at them
 
     Channels() = default;
     // Those of the `vector`-th of a tensor.
-    Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) : arrangement(arrangement) {
-        std::int64_t first = vector * Vec::width;
+    Channels(const KeyConv2d& p, Arrangement arrangement, std::int64_t vector) : whole{p.converts} {
+        first = vector * Vec::width;
         if (arrangement == Arrangement::filling) {
             skipped = static_cast<int>(std::max<std::int64_t>(0, first + Vec::width - p.channels));
             first -= skipped;
         }
         lanes = Lanes(static_cast<int>(std::min<std::int64_t>(p.channels - first, Vec::width)));
         neighbours = arrangement == Arrangement::filling || (arrangement == Arrangement::following && lanes.full());
-        second = arrangement == Arrangement::alternate && vector % 2 == 1;
         for (int i = 0; i < Vec::width; ++i) {
             const std::int64_t at = first + std::min(i, lanes.count - 1);
-            if (arrangement == Arrangement::ordered) each[i] = p.order[at];
-            else if (arrangement != Arrangement::alternate) each[i] = static_cast<std::int32_t>(at);
-            else each[i] = static_cast<std::int32_t>(second ? first - Vec::width + 2 * i + 1 : first + 2 * i);
+            each[i] = arrangement == Arrangement::ordered ? p.order[at] : static_cast<std::int32_t>(at);
+        }
+    }
+    // One of each pair of a line that begins with channel `first`: that at `places`, a bit each.
+    Channels(std::int64_t first, std::uint32_t places) : first(first) {
+        of_pairs.places = places;
+        for (int i = 0; i < Vec::width; ++i) {
+            const std::uint32_t second = places >> (2 * i + 1) & 1;
+            of_pairs.firsts |= static_cast<std::uint16_t>((second ^ 1) << i);
+            each[i] = static_cast<std::int32_t>(first) + 2 * i + static_cast<std::int32_t>(second);
         }
     }
 
@@ -69,7 +78,7 @@ struct Channels {
 private:
     template <class T, class Load>
     Vec pick(const T* of_channel, const Load& load) const {
-        if (neighbours) return load(of_channel + each[0]);
+        if (neighbours) return load(of_channel + first);
         T values[Vec::width];
         for (int i = 0; i < Vec::width; ++i) values[i] = of_channel[each[i]];
         return load(values);
@@ -81,6 +90,7 @@ struct Plane {
     T* pixels;
     std::ptrdiff_t row_stride, column_stride;  // in elements
     int rows, columns;
+    Access<std::remove_const_t<T>> access{};
 
     T* at(std::ptrdiff_t row, std::ptrdiff_t column) const {
         return pixels + row * row_stride + column * column_stride;
@@ -95,17 +105,17 @@ struct Run {
 // The rows that a task reads or writes, as a plane, with one object for each tensor and thread: here the tensor itself.
 template <class T>
 struct InPlace {
-    static constexpr bool in_pairs = !std::is_same_v<T, float>;
-    // Where alternate, `channels_of` may prefer following.
-    static constexpr Arrangement arrangement = in_pairs ? Arrangement::alternate : Arrangement::filling;
+    static constexpr bool of_lines = !std::is_same_v<T, float>;
+    static constexpr Arrangement arrangement = of_lines ? Arrangement::of_lines : Arrangement::filling;
 
     // Calls body with a pixel of the type by which these channels are read and written.
     template <class Body>
     static void with_pixel(const Channels& channels, const Body& body) {
-        if constexpr (!in_pairs) body(float{});
-        else if (channels.arrangement == Arrangement::following) body(BFloat16{});
-        else if (channels.second) body(OfPair<true>{});
-        else body(OfPair<false>{});
+        if constexpr (!of_lines) body(float{});
+        else if (channels.of_pairs.places == 0) body(BFloat16{});
+        else if (channels.of_pairs.places == first_of_pairs) body(OfPair<false>{});
+        else if (channels.of_pairs.places == ~first_of_pairs) body(OfPair<true>{});
+        else body(EitherOfPair{});
     }
 
     template <class Pixel>
@@ -121,9 +131,12 @@ struct InPlace {
 private:
     template <class Q, class U>
     static Plane<Q> plane(const Tensor<U>& t, std::int64_t image, const Channels& channels) {
-        return {reinterpret_cast<Q*>(t.data + image * t.rows * t.columns * t.channels + channels.each[0]),
-                static_cast<std::ptrdiff_t>(t.columns * t.channels), static_cast<std::ptrdiff_t>(t.channels), t.rows,
-                t.columns};
+        Plane<Q> plane{reinterpret_cast<Q*>(t.data + image * t.rows * t.columns * t.channels + channels.first),
+                       static_cast<std::ptrdiff_t>(t.columns * t.channels), static_cast<std::ptrdiff_t>(t.channels),
+                       t.rows, t.columns};
+        if constexpr (std::is_same_v<std::remove_const_t<Q>, BFloat16>) plane.access = channels.whole;
+        if constexpr (std::is_same_v<std::remove_const_t<Q>, EitherOfPair>) plane.access = channels.of_pairs;
+        return plane;
     }
 };
 
@@ -145,7 +158,7 @@ public:
                             int end) {
         const Plane<float> tile = open(from, first, end);
         if constexpr (ChannelsLast) {
-            const T* pixel = from.data + first_pixel(from, image) * from.channels + channels.each[0];
+            const T* pixel = from.data + first_pixel(from, image) * from.channels + channels.first;
             for (std::int64_t p = 0; p < pixels; ++p)
                 mkf::MKF_ISA::store(values.get() + p * Vec::width, load(pixel + p * from.channels, channels.lanes));
         } else {
@@ -174,7 +187,7 @@ public:
     }
     void written() {
         if constexpr (ChannelsLast) {
-            T* pixel = target.data + first_pixel(target, target_image) * target.channels + target_channels.each[0];
+            T* pixel = target.data + first_pixel(target, target_image) * target.channels + target_channels.first;
             for (std::int64_t p = 0; p < pixels; ++p)
                 store(pixel + p * target.channels, load(values.get() + p * Vec::width), target_channels.lanes);
         } else {

@@ -15,12 +15,13 @@ public:
 
     template <class Finish>
     MKF_NEVER_INLINE void run(Finish& finish) {
+        const Access<T> access = in.access;
         const int rows = in.rows, columns = in.columns, met = group.direct ? rows : 0;
         Vec windows[G::run];
         if (group.has_box || finish.wants_columns()) {
             Vec all = zero();
             for (int i = 0; i < rows; ++i)
-                for (int c = 0; c < columns; ++c) all = all + load(in.at(i, c));
+                for (int c = 0; c < columns; ++c) all = all + load(in.at(i, c), access);
             if (finish.wants_columns()) finish.column(all);
             unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { windows[j] = all; });
         }
@@ -30,7 +31,7 @@ public:
             for (int i = 0; i < met; ++i) {
                 const Vec* const row = group.taps + (i - r + G::pad) * G::k + G::pad;
                 for (int c = 0; c < columns; ++c) {
-                    const Vec x = load(in.at(i, c));
+                    const Vec x = load(in.at(i, c), access);
                     unroll<G::pad + 1>([&](auto j) MKF_ALWAYS_INLINE {
                         if (j < columns) sums[j] = fma(row[c - j], x, sums[j]);
                     });

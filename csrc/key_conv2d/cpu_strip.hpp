@@ -137,10 +137,11 @@ private:
         const int first_input = first_input_row(first_row + part * G::run);
         const Inside inside(first_input, in.rows);
         const std::ptrdiff_t row_stride = in.row_stride, column_stride = in.column_stride;
+        const Access<T> access = in.access;
         const T* column = in.at(first_input, first);
         Vec* to = ring[block % blocks_kept<G>][0][0] + begin;
         for (int c = first; c < last; ++c, ++to, column += column_stride) {
-            const Strided<const T> input{column, row_stride};
+            const Strided<const T> input{column, row_stride, access};
             const auto keep = [&](int plane, const Vec(&from)[G::run]) MKF_ALWAYS_INLINE {
                 Vec* const at = to + plane * (G::run * G::block);
                 unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { at[j * G::block] = from[j]; });
@@ -257,9 +258,11 @@ private:
         const int shifted = tap.column - G::pad;
         const T* const at = in.at(row, first / G::up * G::down);
         const std::ptrdiff_t stride = in.column_stride;
+        const Access<T> access = in.access;
         reached = fresh(reached);
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE {
-            if (reached >> j & 1) sums[j] = fma(weight, load(at + (j * G::down + shifted) / G::up * stride), sums[j]);
+            if ((reached >> j & 1) == 0) return;
+            sums[j] = fma(weight, load(at + (j * G::down + shifted) / G::up * stride, access), sums[j]);
         });
     }
 
@@ -280,7 +283,7 @@ private:
                          const Fetch& fetch) const {
         const int column = first_input_column(block), row = first_row + r - G::pad;
         const Inside inside(column, in.columns);
-        const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride}; };
+        const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride, in.access}; };
         const auto taps_of = [&](int t) { return in_registers<K>(group.taps + t * K); };
         Vec sums[2][G::run], windows[2][G::run];
         unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[0][j] = group.start; });
@@ -324,7 +327,7 @@ private:
             if (t % 2 == 0) fetch();
             int row;
             if (!G::input(first_row + r, t, row) || !exists(row)) continue;
-            const Strided<const T> input{in.at(row, column), in.column_stride};
+            const Strided<const T> input{in.at(row, column), in.column_stride, in.access};
             filter_row(in_registers<K>(group.taps + t * K), sums, input, inside);
         }
         finish(Run{first_row + r, first, count}, sums, windows);

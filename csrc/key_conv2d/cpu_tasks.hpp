@@ -117,7 +117,7 @@ struct Tasks {
         if (t.data == nullptr || wanted <= 0) return;
         const T* const from = t.data + (next.image * t.rows + first) * t.columns * t.channels;
         if (!all_at_once) {
-            ahead.add(reinterpret_cast<const char*>(from + channels.each[0]), wanted, stream.row, stream.step);
+            ahead.add(reinterpret_cast<const char*>(from + channels.first), wanted, stream.row, stream.step);
         } else if (task.group % sharing == stream.number % sharing) {
             const int lines = static_cast<int>(static_cast<std::int64_t>(wanted) * t.columns / stream.steps);
             const std::ptrdiff_t share = static_cast<std::ptrdiff_t>(lines) * line * stream.steps;

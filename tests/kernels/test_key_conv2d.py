@@ -216,12 +216,14 @@ def test_lines_of_bfloat16_in_halves_and_in_pairs(backend):
     if rounds_filters(backend, torch.bfloat16):
         pytest.skip("it rounds the filters too")
     keys = torch.cat([some_keys("mixed", 7), some_keys("direct", 7)[:1]])
-    problem = Problem((2, 32 * 9 + 5, 9, 16), keys, dtype=torch.bfloat16)
+    problem = Problem((2, 32 * 10 + 5, 9, 16), keys, dtype=torch.bfloat16)
     one, two, direct = 0, 5, 8  # terms
     assert (make_plan(keys).terms[[one, two]].tolist(), make_plan(keys).direct[direct]) == ([1, 2], True)
     for line, (first, second) in enumerate([(i, j) for i in (one, two, direct) for j in (one, two, direct)]):
         problem.index[32 * line : 32 * line + 32] = one
         problem.index[[32 * line + 7, 32 * line + 16 + 4]] = torch.tensor([first, second], dtype=torch.int32)
+    problem.index[32 * 9 : 32 * 10] = one
+    problem.index[[32 * 9 + 6, 32 * 9 + 7, 32 * 9 + 16 + 4]] = two  # more than one vector can have of the pairs
     problem.check(backend)
     problem.check(backend, ("dx", "d_bias"), bias=False)
 
