@@ -49,3 +49,9 @@ def _print_notes(caught: list[warnings.WarningMessage]) -> None:
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             typer.secho(f"note: {warning.message}", fg=typer.colors.YELLOW, err=True)
+
+
+def typed(context: typer.Context) -> set[str]:
+    """The names of what was typed, not left at its default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

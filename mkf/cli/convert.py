@@ -10,7 +10,7 @@ import typer
 
 from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stdout
-from mkf.cli._errors import user_errors
+from mkf.cli._errors import typed, user_errors
 
 if TYPE_CHECKING:
     from mkf.ops import AffineFit
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -72,8 +73,9 @@ def command(
 
         console = stdout()
         _outputs.named(out, "--out", ".safetensors")
-        if finetune is None and (model is not None or image_size is not None):
-            raise ValueError("--model and --image-size go with --finetune")
+        of_finetune = {"model", "epochs", "lr", "batch_size", "image_size"}
+        if finetune is None and not of_finetune.isdisjoint(typed(context)):
+            raise ValueError("--model, --epochs, --lr, --batch-size and --image-size go with --finetune")
         _outputs.not_an_input(out, "--out", source, *([keys] if keys else []))
         key_set = parse(keys or "paper8")  # wrong keys are told before anything is read or trained
         config = None

@@ -10,7 +10,7 @@ import typer
 
 from mkf.cli import _outputs, _sources
 from mkf.cli._console import print_table, stderr, stdout
-from mkf.cli._errors import user_errors
+from mkf.cli._errors import typed, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def command(
         from mkf.train.device import find_device
 
         _check(method, objective, model, data)
-        given = _given(context)
+        given = typed(context)
         if compare:
             _refuse(given - set(_COMPARED), "--compare prints a table of all methods and takes no")
         else:
@@ -155,12 +155,6 @@ def command(
         if out is not None:
             found.save(out)
             console.print(f"Written to {out}", soft_wrap=True)
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The names of what was typed, not left at its default."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _refuse(options: set[str], reason: str) -> None:

@@ -206,6 +206,8 @@ def _as_float64(filters: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
             raise TypeError("they are complex")
         if isinstance(filters, torch.Tensor):
             filters = filters.cpu().to(torch.float64).numpy(force=True)
+        if filters is None:
+            raise TypeError("this is None; mkf.keys.paper8() are those of the paper")
         if isinstance(filters, str):
             raise TypeError("this is a word; mkf.keys.parse(word) makes keys of those that the command line takes")
         values = np.array(filters, dtype=np.float64, order="C")

@@ -86,7 +86,7 @@ class KeyConv2d(nn.Module):
         channels: C, of the input and of the output.
         kernel_size: k, which the keys must have too.
         keys: A `KeySet`, or (K, k, k) of which one can be made.
-        stride: One number, or vertical and horizontal.
+        stride: One number, or vertical and horizontal. Fast are 1 and 2.
         padding: Zeros on every side: one number, a pair, "same" (stride 1) or "valid". Fast is k // 2, that is "same".
         dilation: One number, or vertical and horizontal. Fast is 1.
         bias: Whether there is a bias.
@@ -102,8 +102,8 @@ class KeyConv2d(nn.Module):
         dtype: Of scale, shift and bias.
 
     Raises:
-        ValueError: Keys of another size, or options that are none.
-        TypeError: Something that is no keys, or a dtype that is no floating-point one.
+        ValueError: Something that is no keys, keys of another size, or options that are none.
+        TypeError: A dtype that is no floating-point one.
     """
 
     keys: Tensor
@@ -276,7 +276,11 @@ class KeyConv2d(nn.Module):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, this layer has {own}")
         fit = affine_fit(filters, self.keys)
         if (fit.index < 0).any():
-            raise ValueError(f"{int((fit.index < 0).sum())} of {len(filters)} filters hold NaN or infinity")
+            channels = (fit.index < 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{len(channels)} of {len(filters)} filters hold NaN or infinity, that of channel {channels[0]} first: "
+                "take a checkpoint from before the weights diverged"
+            )
         largest = torch.finfo(self.scale.dtype).max
         if max(fit.scale.abs().max(), fit.shift.abs().max()) > largest:
             raise ValueError(

@@ -91,6 +91,7 @@ def test_name_of_timm(tmp_path: Path) -> None:
         (["convnext_atto", "--out", "a.pth", "--no-pretrained"], "safetensors"),
         (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--keys", "paper9"], "no keys called"),
         (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--model", "x"], "go with --finetune"),
+        (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--epochs", "5"], "go with --finetune"),
         (["convnext_atto", "--out", "a.safetensors", "--no-pretrained", "--finetune", "none"], "no data folder none"),
     ],
 )

@@ -229,3 +229,5 @@ def test_names_differ() -> None:
 def test_a_word_is_told_how_to_become_keys() -> None:
     with pytest.raises(ValueError, match=r"this is a word; mkf\.keys\.parse"):
         KeySet("paper8")
+    with pytest.raises(ValueError, match=r"this is None; mkf\.keys\.paper8"):
+        KeySet(None)

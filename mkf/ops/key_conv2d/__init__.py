@@ -54,7 +54,7 @@ def key_conv2d(
         scale: (C,), finite; float32 or of the dtype of x.
         shift: (C,), finite; float32 or of the dtype of x.
         bias: (C,), or None; float32 or of the dtype of x.
-        stride: One number, or vertical and horizontal.
+        stride: One number, or vertical and horizontal. Fast are 1 and 2.
         padding: Rows and columns of zeros on every side; one number, a pair, "valid" (none) or "same" (the output has
             the size of the input; stride 1 only).
         dilation: One number, or vertical and horizontal.
@@ -65,9 +65,10 @@ def key_conv2d(
     Returns:
         (N, C, H', W') or (C, H', W') of the dtype of x, H' = (H + 2 * padding - dilation * (k - 1) - 1) // stride + 1.
         It has derivatives with respect to x, scale, shift, bias and keys given as a tensor. Where the fast
-        implementations run, the first ones are deterministic, on the CPU also whatever the number of threads; second
-        ones, forward mode and torch.func take PyTorch's convolution. What is not finite in x reaches the outputs whose
-        window holds it and no others; as filters are added up in parts, these are often NaN where `conv2d` has Inf.
+        implementations run, the first ones are deterministic, on the CPU also whatever the number of threads unless
+        keys require a gradient; that, and the parameters' with it, PyTorch's convolution computes, as it does second
+        ones, forward mode and torch.func. What is not finite in x reaches the outputs whose window holds it and no
+        others; as filters are added up in parts, these are often NaN where `conv2d` has Inf.
 
     Raises:
         ValueError: Shapes that do not fit together, an index out of range, a scale or shift or key that is not finite,
@@ -143,7 +144,7 @@ def explain_key_conv2d(
 ) -> str:
     """Say which implementation `key_conv2d` would run, and why not those that are preferred to it.
 
-    The arguments are those of `key_conv2d` and refused alike. Nothing is computed.
+    The arguments are those of `key_conv2d` of the same names and refused alike. Nothing is computed.
     """
     x = _autocast(x)
     keys = _filters(keys, x)
