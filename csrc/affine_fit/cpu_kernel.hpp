@@ -399,7 +399,8 @@ static void fit_blocks(const AffineFit& p, const ArrangedKeys& keys, std::int64_
 
 template <class T>
 static void fit_all(const AffineFit& p, const ArrangedKeys& keys, int threads) {
-    parallel_pieces((p.count + W - 1) / W, 256, threads, [&](auto take) {
+    constexpr std::int64_t least = 256;  // blocks a piece, as its first one is read before anything can be computed
+    parallel_pieces((p.count + W - 1) / W, least, threads, [&](auto take) {
         for (std::int64_t begin, end; take(begin, end);) fit_blocks<T>(p, keys, begin, end);
     });
 }

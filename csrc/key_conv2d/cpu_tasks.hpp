@@ -26,9 +26,9 @@ struct Task {
 template <class T>
 struct Stream {
     Tensor<T> tensor;
-    int number;               // among those of the kernel
-    int rows, before, after;  // a strip starts `rows` below the one above it and reaches `before` and `after` further
-    int steps;                // in which what a task wants is fetched
+    int number;                // among those of the kernel
+    int rows, before, after;   // a strip starts `rows` below the one above it and reaches `before` and `after` further
+    int steps;                 // in which what a task wants is fetched
     std::ptrdiff_t row, step;  // bytes of a row, and of a row's share in a step
 
     Stream(const Tensor<T>& tensor, int number, int rows, int before, int after, int steps)

@@ -226,7 +226,7 @@ def test_names_differ() -> None:
     KeySet(noise(2, 3, 3), kinds=["edge", "edge"])
 
 
-def test_a_word_is_told_how_to_become_keys() -> None:
+def test_words_and_none_are_told_how_to_become_keys() -> None:
     with pytest.raises(ValueError, match=r"this is a word; mkf\.keys\.parse"):
         KeySet("paper8")
     with pytest.raises(ValueError, match=r"this is None; mkf\.keys\.paper8"):
