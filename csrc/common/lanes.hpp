@@ -142,7 +142,11 @@ inline void store(BFloat16* p, Vec a, const Access<BFloat16>& access) {
 constexpr bool has_pairs = true;
 
 inline Vec load(const OfPair<false>* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
-inline Vec load(const OfPair<true>* p) { return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p))}; }
+// Not by a masked load: compilers bring the mask into its register again for every one.
+inline Vec load(const OfPair<true>* p) {
+    const __m512i upper = _mm512_set1_epi32(-0x10000);
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper))};
+}
 inline void store(OfPair<false>* p, Vec a) {
     _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_srli_epi32(rounded(a), 16));
 }

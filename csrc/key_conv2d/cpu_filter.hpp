@@ -66,10 +66,6 @@ MKF_ALWAYS_INLINE static inline Vec in_register(Vec x) {
 template <int K>
 struct Registers {
     Vec v[K];
-
-    MKF_ALWAYS_INLINE void minus(const Vec* others) {
-        unroll<K>([&](auto t) MKF_ALWAYS_INLINE { v[t] = v[t] - others[t]; });
-    }
 };
 
 template <int K>

@@ -189,11 +189,10 @@ private:
         const Around around{ring[(block + kept - 1) % kept], ring[block % kept], ring[(block + 1) % kept]};
         if (group.direct) {
             const auto fetch = [&] MKF_ALWAYS_INLINE { ahead.part_of_steps(fetches_of_taps, G::block); };
-            int r = 0;
-            if constexpr (G::down == 1 && G::up == 1) {
-                for (; r + 1 < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, fetch);
-            }
-            for (; r < rows; ++r) all_taps(r, block, around, finish, first, count, fetch);
+            if constexpr (G::down == 1 && G::up == 1)
+                for (int r = 0; r < rows; r += 2) all_taps_of_two(r, block, around, finish, first, count, fetch);
+            else
+                for (int r = 0; r < rows; ++r) all_taps(r, block, around, finish, first, count, fetch);
         } else {
             const Inside inside(first_input_column(block), in.columns);
             unsigned reached_by[most_single_taps];
@@ -270,49 +269,40 @@ private:
 
     // One row of direct taps.
     template <class Input>
-    MKF_ALWAYS_INLINE static void filter_row(const Registers<K>& from, Vec (&sums)[G::run], Input input,
-                                             Inside inside) {
-        Taps<G> taps(from.v, sums);
+    MKF_ALWAYS_INLINE static void filter_row(const Vec* from, Vec (&sums)[G::run], Input input, Inside inside) {
+        Taps<G> taps(in_registers<K>(from).v, sums);
         filter<G>(input, inside, taps);
     }
 
-    // Two rows of outputs that lie next to each other share work as two columns do in `Paired`, with e the even and o
-    // the odd rows of the taps and x the rows of the input. For k = 7 these are 11 filtered rows in place of 14.
+    // A row of outputs and, if there is one, the next, which shares work with it (`Group::share`).
     template <class Finish, class Fetch>
     void all_taps_of_two(int r, int block, const Around& around, Finish& finish, int first, int count,
                          const Fetch& fetch) const {
         const int column = first_input_column(block), row = first_row + r - G::pad;
         const Inside inside(column, in.columns);
         const auto input = [&](int i) { return Strided<const T>{in.at(i, column), in.column_stride, in.access}; };
-        const auto taps_of = [&](int t) { return in_registers<K>(group.taps + t * K); };
-        Vec sums[2][G::run], windows[2][G::run];
-        unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[0][j] = group.start; });
+        Vec shared[G::run];
+        unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { shared[j] = group.start; });
         for (int t = 1; t < K; t += 2) {
             const bool one = exists(row + t), other = exists(row + t + 1);
             const auto x = input(row + t + (other && !one));
-            if (one && other) filter_row(taps_of(t), sums[0], SumOfTwo<const T>{x, in.row_stride}, inside);
-            else if (one || other) filter_row(taps_of(t), sums[0], x, inside);
+            if (one && other) filter_row(group.shared(t / 2), shared, SumOfTwo<const T>{x, in.row_stride}, inside);
+            else if (one || other) filter_row(group.shared(t / 2), shared, x, inside);
         }
-        unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[1][j] = sums[0][j]; });
-        for (int t = 0; t < K; t += 2) {
-            fetch();
-            if (exists(row + t)) {
-                auto taps = taps_of(t);
-                if (t > 0) taps.minus(group.taps + (t - 1) * K);
-                filter_row(taps, sums[0], input(row + t), inside);
+        unroll<2>([&](auto output) MKF_ALWAYS_INLINE {
+            if (r + output >= rows) return;
+            Vec sums[G::run], windows[G::run];
+            unroll<G::run>([&](auto j) MKF_ALWAYS_INLINE { sums[j] = shared[j]; });
+            for (int t = 0; t < K; t += 2) {
+                if (output == 0) fetch();
+                if (exists(row + t + output))
+                    filter_row(group.own(output, t / 2), sums, input(row + t + output), inside);
             }
-            if (exists(row + t + 1)) {
-                auto taps = taps_of(t);
-                if (t + 1 < K) taps.minus(group.taps + (t + 1) * K);
-                filter_row(taps, sums[1], input(row + t + 1), inside);
-            }
-        }
-        unroll<2>([&](auto q) MKF_ALWAYS_INLINE {
             if (group.has_box) {
-                Ones<G> ones(windows[q]);
-                filter<G>(windows_row(r + q, around), inside, ones);
+                Ones<G> ones(windows);
+                filter<G>(windows_row(r + output, around), inside, ones);
             }
-            finish(Run{first_row + r + q, first, count}, sums[q], windows[q]);
+            finish(Run{first_row + r + output, first, count}, sums, windows);
         });
     }
 
@@ -328,7 +318,7 @@ private:
             int row;
             if (!G::input(first_row + r, t, row) || !exists(row)) continue;
             const Strided<const T> input{in.at(row, column), in.column_stride, in.access};
-            filter_row(in_registers<K>(group.taps + t * K), sums, input, inside);
+            filter_row(group.taps + t * K, sums, input, inside);
         }
         finish(Run{first_row + r, first, count}, sums, windows);
     }
