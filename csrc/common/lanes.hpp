@@ -142,7 +142,7 @@ inline void store(BFloat16* p, Vec a, const Access<BFloat16>& access) {
 constexpr bool has_pairs = true;
 
 inline Vec load(const OfPair<false>* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
-// Not by a masked load: compilers bring the mask into its register again for every one.
+// Not by a masked load: compilers bring the mask into its register again before many of them.
 inline Vec load(const OfPair<true>* p) {
     const __m512i upper = _mm512_set1_epi32(-0x10000);
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper))};

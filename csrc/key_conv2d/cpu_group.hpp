@@ -49,11 +49,7 @@ struct Group {
     const Vec* shared(int i) const { return taps + i * K; }
     const Vec* own(int output, int i) const { return taps + (K / 2 + output * (K / 2 + 1) + i) * K; }
 
-    // With e the even and o the odd rows of the taps and x rows of the input, from the first that one of them meets on,
-    //     shared  = sum of  o[i] * (x[2 i + 1] + x[2 i + 2])
-    //     first   = shared + sum of  (e[i] - o[i - 1]) * x[2 i]
-    //     second  = shared + sum of  (e[i] - o[i]) * x[2 i + 1]
-    // For k = 7 these are 11 filtered rows in place of 14.
+    // The formula of `Paired` with rows in place of columns: for k = 7, 11 filtered rows in place of 14.
     void share(const Vec (&from)[K * K]) {
         Vec* const first = taps + K / 2 * K;
         Vec* const second = first + (K / 2 + 1) * K;
