@@ -4,6 +4,8 @@
 // flags; all code that depends on the width lives in namespace mkf::MKF_ISA, so that no two instruction sets ever share
 // an inline function.
 //
+// `sums` has the sum of one of its four vectors in each lane, in turn, and `spread<i>` that of the i-th in every lane.
+//
 // `stream` stores past the caches, where the address allows it (`can_stream`); other threads see it after
 // `end_streams`.
 #pragma once
@@ -54,7 +56,17 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 inline unsigned bits(Mask m) { return m; }
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline Vec sums(Vec a, Vec b, Vec c, Vec d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m512 halves = _mm512_add_ps(quarters, _mm512_shuffle_f32x4(quarters, quarters, 0x4e));
+    return {_mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1))};
+}
+template <int I>
+inline Vec spread(Vec a) {
+    return {_mm512_permute_ps(a.v, I * 0x55)};
+}
 
 // table[index[lane]] for each lane; the table is readable up to a multiple of the width.
 inline Vec lookup(const float* table, int size, Vec index) {
@@ -101,10 +113,13 @@ inline Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
 inline Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 inline unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m.v)); }
-inline float sum(Vec a) {
-    const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-    const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
-    return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+inline Vec sums(Vec a, Vec b, Vec c, Vec d) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    return {_mm256_add_ps(halves, _mm256_permute2f128_ps(halves, halves, 1))};
+}
+template <int I>
+inline Vec spread(Vec a) {
+    return {_mm256_permute_ps(a.v, I * 0x55)};
 }
 
 // table[index[lane]] for each lane; the table is readable up to a multiple of the width.
@@ -167,7 +182,16 @@ inline Mask operator>(Vec a, Vec b) { Mask m; MKF_LANES m.v[i] = a.v[i] > b.v[i]
 inline Mask operator&(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] && b.v[i]; return a; }
 inline Mask operator|(Mask a, Mask b) { MKF_LANES a.v[i] = a.v[i] || b.v[i]; return a; }
 inline Vec select(Mask m, Vec yes, Vec no) { MKF_LANES no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
-inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline Vec sums(Vec a, Vec b, Vec c, Vec d) {
+    const auto sum = [](Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); };
+    Vec r;
+    r.v[0] = sum(a), r.v[1] = sum(b), r.v[2] = sum(c), r.v[3] = sum(d);
+    return r;
+}
+template <int I>
+inline Vec spread(Vec a) {
+    return broadcast(a.v[I]);
+}
 inline unsigned bits(Mask m) { unsigned r = 0; MKF_LANES r |= static_cast<unsigned>(m.v[i]) << i; return r; }
 inline Vec lookup(const float* table, int, Vec index) {
     MKF_LANES index.v[i] = table[static_cast<int>(index.v[i])];

@@ -20,21 +20,17 @@ class ChannelNorm {
 public:
     ChannelNorm(const LayerNorm* norm, std::int64_t channels)
         : norm(norm), channels(channels), whole(channels / Vec::width * Vec::width),
-          rest(static_cast<int>(channels - whole)), share(1.0f / static_cast<float>(channels)),
-          sums(new float[norm ? 2 * padded() : 0]) {
+          rest(static_cast<int>(channels - whole)), share(broadcast(1.0f / static_cast<float>(channels))),
+          sums_of_parameters(new float[norm ? 2 * padded() : 0]) {
         float ones[Vec::width];
         std::fill(ones, ones + Vec::width, 1.0f);
         inside = load(ones, rest);
     }
 
     void forward(const float* x, float* out, std::int64_t pixels) const {
-        for (std::int64_t p = 0; p < pixels; ++p, x += channels, out += channels) {
-            const Moments moments(*this, x);
-            each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-                const Vec weight = load(norm->weight + c, lanes), bias = load(norm->bias + c, lanes);
-                store(out + c, fma(moments.normal(x + c, lanes), weight, bias), lanes);
-            });
-        }
+        few_at_a_time(0, pixels, [&](auto count, std::int64_t p) MKF_ALWAYS_INLINE {
+            normalize<count>(x + p * channels, out + p * channels);
+        });
     }
 
     // dx, and what these pixels add to the gradients of weight and bias, one after the other.
@@ -42,12 +38,13 @@ public:
         std::fill(of_parameters, of_parameters + 2 * channels, 0.0);
         constexpr std::int64_t block = 64;  // pixels that are summed up in float
         for (std::int64_t first = 0; first < pixels; first += block) {
-            std::fill(sums.get(), sums.get() + 2 * padded(), 0.0f);
-            for (std::int64_t p = first; p < std::min(first + block, pixels); ++p)
-                pixel(x + p * channels, dout + p * channels, dx + p * channels);
+            std::fill(sums_of_parameters.get(), sums_of_parameters.get() + 2 * padded(), 0.0f);
+            few_at_a_time(first, std::min(first + block, pixels), [&](auto count, std::int64_t p) MKF_ALWAYS_INLINE {
+                differentiate<count>(x + p * channels, dout + p * channels, dx + p * channels);
+            });
             for (std::int64_t c = 0; c < channels; ++c) {
-                of_parameters[c] += sums[c];
-                of_parameters[channels + c] += sums[padded() + c];
+                of_parameters[c] += sums_of_parameters[c];
+                of_parameters[channels + c] += sums_of_parameters[padded() + c];
             }
         }
     }
@@ -57,10 +54,24 @@ private:
     std::int64_t channels, whole;
     Lanes rest;    // beyond the whole vectors
     Vec inside;    // 1 there, 0 in the lanes after them
-    float share;   // of one channel
-    std::unique_ptr<float[]> sums;
+    Vec share;     // of one channel
+    std::unique_ptr<float[]> sums_of_parameters;
 
     std::int64_t padded() const { return whole + Vec::width; }
+
+    // Calls body(how many, the first one) for all pixels: to add up the lanes of one vector takes almost as long as of
+    // four. Of many channels, pixels lie too far apart for the processor to foresee what four of them want.
+    template <class Body>
+    MKF_ALWAYS_INLINE void few_at_a_time(std::int64_t first, std::int64_t end, const Body& body) const {
+        if (channels < 96)
+            for (; first + 4 <= end; first += 4) body(std::integral_constant<int, 4>(), first);
+        for (; first + 2 <= end; first += 2) body(std::integral_constant<int, 2>(), first);
+        if (first < end) body(std::integral_constant<int, 1>(), first);
+    }
+
+    // Fetches what lies a page further on: what the processor foresees ends with the page. To be called while something
+    // is computed, as only a few lines can be under way.
+    MKF_ALWAYS_INLINE static void fetch_ahead(const float* p) { prefetch(reinterpret_cast<const char*>(p) + 4096); }
 
     // Calls body(first channel, lanes) for every vector.
     template <class Body>
@@ -72,48 +83,99 @@ private:
     Vec only_inside(Vec a, Whole) const { return a; }
     Vec only_inside(Vec a, const Lanes&) const { return a * inside; }
 
-    struct Moments {
-        const ChannelNorm& of;
-        Vec mean, scale;
+    // The mean over the channels of each of N pixels, in the lanes of their places (`spread`).
+    template <int N>
+    MKF_ALWAYS_INLINE Vec mean_of(const Vec (&totals)[N]) const {
+        Vec all[4] = {zero(), zero(), zero(), zero()};
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE { all[n] = totals[n]; });
+        return sums(all[0], all[1], all[2], all[3]) * share;
+    }
 
-        MKF_ALWAYS_INLINE Moments(const ChannelNorm& of, const float* x) : of(of) {
-            // From one of them on, as a mean of equal ones must not be off by a rounding error: eps is as small.
-            const Vec one = broadcast(*x);
-            Vec values = zero(), squares = zero();
-            of.each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-                values = values + of.only_inside(load(x + c, lanes) - one, lanes);
+    // Of N pixels; `fetched` is what to fetch meanwhile. From the first channel on, as the mean of equal ones must not
+    // be off by a rounding error: eps is as small.
+    template <int N>
+    MKF_ALWAYS_INLINE void means(const float* x, const float* fetched, Vec (&mean)[N]) const {
+        Vec totals[N];
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+            mean[n] = broadcast(x[n * channels]);
+            totals[n] = zero();
+        });
+        each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
+            unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+                const std::int64_t at = n * channels + c;
+                fetch_ahead(fetched + at);
+                totals[n] = totals[n] + only_inside(load(x + at, lanes) - mean[n], lanes);
             });
-            mean = one + broadcast(sum(values) * of.share);
-            of.each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-                const Vec deviation = of.only_inside(load(x + c, lanes) - mean, lanes);
-                squares = fma(deviation, deviation, squares);
-            });
-            scale = broadcast(1.0f / std::sqrt(sum(squares) * of.share + of.norm->eps));
-        }
-        template <class L>
-        MKF_ALWAYS_INLINE Vec normal(const float* x, const L& lanes) const {
-            return (load(x, lanes) - mean) * scale;
-        }
-    };
+        });
+        const Vec of_each = mean_of(totals);
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE { mean[n] = mean[n] + spread<n>(of_each); });
+    }
 
-    MKF_ALWAYS_INLINE void pixel(const float* x, const float* dout, float* dx) const {
-        const Moments moments(*this, x);
-        Vec of_gradients = zero(), of_products = zero();
-        float* const of_weight = sums.get();
+    Vec scale_of(Vec variances) const { return broadcast(1.0f) / sqrt(variances + broadcast(norm->eps)); }
+
+    template <int N>
+    MKF_ALWAYS_INLINE void normalize(const float* x, float* out) const {
+        Vec mean[N], squares[N];
+        means(x, out, mean);
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE { squares[n] = zero(); });
+        each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
+            unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+                const Vec centred = only_inside(load(x + n * channels + c, lanes) - mean[n], lanes);
+                squares[n] = fma(centred, centred, squares[n]);
+            });
+        });
+        const Vec scales = scale_of(mean_of(squares));
+        Vec scale[N];
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE { scale[n] = spread<n>(scales); });
+        each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
+            const Vec weight = load(norm->weight + c, lanes), bias = load(norm->bias + c, lanes);
+            unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+                const std::int64_t at = n * channels + c;
+                store(out + at, fma((load(x + at, lanes) - mean[n]) * scale[n], weight, bias), lanes);
+            });
+        });
+    }
+
+    template <int N>
+    MKF_ALWAYS_INLINE void differentiate(const float* x, const float* dout, float* dx) const {
+        Vec mean[N], squares[N], of_gradients[N], of_products[N];
+        means(x, x, mean);
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE { squares[n] = of_gradients[n] = of_products[n] = zero(); });
+        each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
+            const Vec weight = load(norm->weight + c, lanes);  // 0 beyond the last channel
+            unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+                const std::int64_t at = n * channels + c;
+                fetch_ahead(dout + at);
+                const Vec centred = only_inside(load(x + at, lanes) - mean[n], lanes);
+                const Vec gradient = load(dout + at, lanes) * weight;
+                squares[n] = fma(centred, centred, squares[n]);
+                of_gradients[n] = of_gradients[n] + gradient;
+                of_products[n] = fma(gradient, centred, of_products[n]);
+            });
+        });
+        const Vec scales = scale_of(mean_of(squares));
+        const Vec gradients = mean_of(of_gradients), products = mean_of(of_products) * scales;
+        Vec scale[N], mean_gradient[N], mean_product[N];
+        unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+            scale[n] = spread<n>(scales);
+            mean_gradient[n] = spread<n>(gradients);
+            mean_product[n] = spread<n>(products);
+        });
+        float* const of_weight = sums_of_parameters.get();
         float* const of_bias = of_weight + padded();
         each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-            const Vec normal = moments.normal(x + c, lanes), given = load(dout + c, lanes);
-            const Vec gradient = given * load(norm->weight + c, lanes);  // 0 beyond the last channel
-            of_gradients = of_gradients + gradient;
-            of_products = fma(gradient, normal, of_products);
-            store(of_weight + c, fma(given, normal, load(of_weight + c)));
-            store(of_bias + c, given + load(of_bias + c));
-        });
-        const Vec gradients = broadcast(sum(of_gradients) * share), products = broadcast(sum(of_products) * share);
-        each([&](std::int64_t c, const auto& lanes) MKF_ALWAYS_INLINE {
-            const Vec gradient = load(dout + c, lanes) * load(norm->weight + c, lanes);
-            const Vec centred = fnma(moments.normal(x + c, lanes), products, gradient - gradients);
-            store(dx + c, moments.scale * centred, lanes);
+            const Vec weight = load(norm->weight + c, lanes);
+            Vec of_weights = load(of_weight + c), of_biases = load(of_bias + c);
+            unroll<N>([&](auto n) MKF_ALWAYS_INLINE {
+                const std::int64_t at = n * channels + c;
+                const Vec normal = (load(x + at, lanes) - mean[n]) * scale[n], given = load(dout + at, lanes);
+                of_weights = fma(given, normal, of_weights);
+                of_biases = of_biases + given;
+                const Vec centred = fnma(normal, mean_product[n], given * weight - mean_gradient[n]);
+                store(dx + at, scale[n] * centred, lanes);
+            });
+            store(of_weight + c, of_weights);
+            store(of_bias + c, of_biases);
         });
     }
 };
