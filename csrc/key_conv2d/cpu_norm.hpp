@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "../common/lanes.hpp"
 #include "key_conv2d.hpp"
@@ -51,9 +52,9 @@ public:
 private:
     const LayerNorm* norm;
     std::int64_t channels, whole;
-    Lanes rest;    // beyond the whole vectors
-    Vec inside;    // 1 there, 0 in the lanes after them
-    Vec share;     // of one channel
+    Lanes rest;  // beyond the whole vectors
+    Vec inside;  // 1 there, 0 in the lanes after them
+    Vec share;   // of one channel
     std::unique_ptr<float[]> sums_of_parameters;
 
     std::int64_t padded() const { return whole + Vec::width; }
@@ -70,7 +71,10 @@ private:
 
     // Fetches what lies a page further on: what the processor foresees ends with the page. To be called while something
     // is computed, as only a few lines can be under way.
-    MKF_ALWAYS_INLINE static void fetch_ahead(const float* p) { prefetch(reinterpret_cast<const char*>(p) + 4096); }
+    MKF_ALWAYS_INLINE static void fetch_ahead(const float* p) {
+        constexpr std::ptrdiff_t page = 4096;
+        prefetch(reinterpret_cast<const char*>(p) + page);
+    }
 
     // Calls body(first channel, lanes) for every vector.
     template <class Body>
